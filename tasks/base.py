@@ -1,0 +1,208 @@
+"""What every task shares: steps, names in the log, parameter groups, learning rate, the guard against NaN.
+
+A task fills in three nouns: `losses(batch)`, `metric(split)` and `update(metric, batch)`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tasks.data.samplers import mix
+
+
+class DivergedError(RuntimeError):
+    """A loss became NaN or infinite; the optimizer has not stepped on it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run's settings come to on the hardware at hand; printed and logged at its start."""
+
+    optimizer: str
+    learning_rate: float
+    reference_batch_size: int | None
+    batch_size: int
+    devices: int
+    accumulate: int
+    epochs: int | None
+    total_steps: int
+    weight_decay: float
+    decayed_parameters: int
+    undecayed_parameters: int
+    frozen_parameters: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.devices * self.accumulate
+
+    def __str__(self) -> str:
+        scaled = (
+            f" (given for batches of {self.reference_batch_size})" if self.reference_batch_size else ""
+        )
+        return (
+            f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}, weight decay {self.weight_decay:g} "
+            f"on {self.decayed_parameters:,} of {self.decayed_parameters + self.undecayed_parameters:,} parameters "
+            f"({self.frozen_parameters:,} frozen); batch {self.global_batch} = {self.batch_size} a device × "
+            f"{self.devices} × {self.accumulate} accumulated; {self.total_steps:,} steps"
+            + (f" in {self.epochs} epochs" if self.epochs else "")
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "global_batch": self.global_batch}
+
+
+class BaseTask(LightningModule):
+    """A model that learns one task.
+
+    Args:
+        model: the network.
+        optimizer: makes the optimizer from parameter groups; carries `lr` and `weight_decay` as keywords
+            (a `functools.partial`, or Hydra's `_partial_: true`).
+        scheduler: makes the learning rate's schedule from (optimizer, total_steps), stepped every step.
+        reference_batch_size: the global batch that `lr` is meant for; `lr` is scaled in proportion to the
+            real one, devices × batch × accumulation (Goyal et al., arXiv 1706.02677). None: not scaled.
+        seed: random numbers of a training step are a function of it, the epoch and the step, so that a
+            resumed run draws what an uninterrupted one would have drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., LRScheduler],
+        *,
+        reference_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.seed = seed
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._reference_batch_size = reference_batch_size
+        self.metrics: dict[str, Any] = {}
+        self.recipe: Recipe | None = None
+        self.record: dict[str, Any] = {}  # goes into every checkpoint: configuration, classes; plain containers
+
+    # What a task fills in.
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Each loss as a scalar; their sum is minimised and each is logged under its name."""
+        raise NotImplementedError
+
+    def metric(self, split: str) -> Any:
+        """What judges a split: has `reset()` and `compute() -> {name: number}`."""
+        raise NotImplementedError
+
+    def update(self, metric: Any, batch: Any) -> Any:
+        """Feeds a batch's predictions to the metric and returns them, for pictures."""
+        raise NotImplementedError
+
+    # Steps.
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(mix(self.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = self.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        if not math.isfinite(total.item()):
+            raise DivergedError(self._diverged(losses, batch))
+        size = len(batch.image_ids)
+        self.log("train/loss", total, prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=size)
+        return total
+
+    def _diverged(self, losses: Mapping[str, Tensor], batch: Any) -> str:
+        bad = ", ".join(f"{k} = {v.item()}" for k, v in losses.items() if not math.isfinite(v.item()))
+        fine = ", ".join(f"{k} = {v.item():.4g}" for k, v in losses.items() if math.isfinite(v.item()))
+        return (
+            f"{bad or 'the sum of the losses is not finite'} at step {self.global_step} of epoch "
+            f"{self.current_epoch} on images {batch.image_ids.tolist()} ({fine or 'no other loss is finite'}). "
+            "The run stops before the optimizer's step; no checkpoint was overwritten. "
+            "A lower optimizer.lr, a longer scheduler.warmup or trainer.precision=32-true often helps."
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.update(self.metrics["val"], batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.update(self.metrics["test"], batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._start("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def _start(self, split: str) -> None:
+        if split not in self.metrics:
+            self.metrics[split] = self.metric(split)
+        self.metrics[split].reset()
+
+    def _finish(self, split: str) -> None:
+        if self.trainer.sanity_checking:  # two batches say nothing about a split
+            return
+        numbers = self.metrics[split].compute()
+        self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
+
+    # Optimization.
+
+    def configure_optimizers(self) -> Any:
+        keywords = getattr(self._optimizer, "keywords", {})
+        groups = parameter_groups(self.model, keywords.get("weight_decay", 0.0))
+        self.recipe = self._derive(keywords, groups)
+        optimizer = self._optimizer(groups, lr=self.recipe.learning_rate)
+        scheduler = self._scheduler(optimizer, total_steps=self.recipe.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _derive(self, keywords: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> Recipe:
+        trainer = self.trainer
+        batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        global_batch = batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        scale = global_batch / self._reference_batch_size if self._reference_batch_size else 1.0
+        decayed, undecayed = (sum(p.numel() for p in group["params"]) for group in groups)
+        return Recipe(
+            optimizer=getattr(self._optimizer, "func", self._optimizer).__name__,
+            learning_rate=keywords["lr"] * scale,
+            reference_batch_size=self._reference_batch_size,
+            batch_size=batch_size,
+            devices=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            epochs=trainer.max_epochs if trainer.max_epochs != -1 else None,
+            total_steps=int(trainer.estimated_stepping_batches),
+            weight_decay=keywords.get("weight_decay", 0.0),
+            decayed_parameters=decayed,
+            undecayed_parameters=undecayed,
+            frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
+        )
+
+    # Checkpoints hold plain containers only.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["record"] = self.record
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: with weight decay, and norms and biases without it.
+
+    A norm's scale and every bias have one dimension, a weight has at least two; decaying them only costs accuracy (He et
+    al., arXiv 1812.01187, §3.1).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,124 @@
+"""Mistakes on the command line are answered in one line that names the nearest valid word.
+
+Imports nothing heavy: it is loaded before the configuration is composed.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.initialize import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+USAGE = 2  # exit code of a mistake that the user can mend
+
+
+def end(message: str, code: int = USAGE) -> NoReturn:
+    """Prints one line and exits."""
+    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def guarded(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
+    """Runs Hydra's `main`; what it cannot compose is explained in one line, with exit code 2."""
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        end(explain(error, sys.argv[1:], config_dir, config_name))
+    except KeyboardInterrupt:
+        end("interrupted before training began; nothing was saved", 130)
+
+
+def explain(error: Exception, arguments: list[str], config_dir: str, config_name: str) -> str:
+    """One line about a configuration that could not be composed."""
+    text = str(error)
+    if missing := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = missing[1].rpartition("/")
+        options = re.findall(r"^\t(\S+)", text, flags=re.MULTILINE)
+        return f"{group}={option}: no such option; {_nearest(option, options)}"
+    if key := re.search(r"Could not override '([^']+)'", text):
+        known = list(_keys(_compose(arguments, config_dir, config_name)))
+        return f"{key[1]}: no such key; {_nearest(key[1], known)} (all keys: python train.py --cfg job)"
+    if "mismatched input" in text or "LexerNoViableAlt" in text or "no viable alternative" in text:
+        line = text.splitlines()[0]
+        return f"{line}; write key=value, and quote values with spaces, commas or brackets: 'key=\"a, b\"'"
+    return text
+
+
+def check_types(cfg: DictConfig, overrides: Iterable[str], groups: Iterable[str], config_name: str) -> None:
+    """Ends the program if an overridden value is of another kind than the default it replaces."""
+    values = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if o.key_or_group not in groups]
+    if not values:
+        return
+    chosen = [o.input_line for o in _parse(overrides) if o.key_or_group in groups]
+    defaults = compose(config_name, overrides=chosen)
+    for override in values:
+        key = override.key_or_group
+        default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, cfg))
+        if default is None or value is None or override.is_delete():
+            continue
+        if wanted := _mismatch(default, value):
+            end(f"{key}={value}: {wanted} is wanted, as in {key}={default}")
+
+
+def _mismatch(default: Any, value: Any) -> str | None:
+    """What was wanted instead of `value`, None if it is of the default's kind."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole else "a whole number"
+    if isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number else "a number"
+    if OmegaConf.is_list(default):
+        return None if OmegaConf.is_list(value) or isinstance(value, str) else "a list"
+    if OmegaConf.is_dict(default):
+        return None if OmegaConf.is_dict(value) else "a mapping"
+    return None
+
+
+def _parse(arguments: Iterable[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictConfig:
+    """The configuration with the groups that were asked for, as far as they exist, and no other override."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir, version_base="1.3"):
+        words = [a for a in arguments if "=" in a and not a.startswith("-")]
+        while True:
+            try:
+                return compose(config_name, overrides=words)
+            except HydraException as error:
+                bad = re.search(r"Could not (?:override|find) '([^']+)'", str(error))
+                culprit = bad[1].split("/")[0] if bad else ""
+                kept = [w for w in words if not w.lstrip("+~").startswith(culprit)]
+                words = kept if culprit and len(kept) < len(words) else []
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in config:
+        name = f"{prefix}{key}"
+        yield name
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
+            child = config[key]
+            if OmegaConf.is_dict(child):
+                yield from _keys(child, f"{name}.")
+
+
+def _nearest(word: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    if not close:  # a right last part in the wrong place, such as lr for optimizer.lr
+        close = [option for option in options if option.rpartition(".")[2] == word.rpartition(".")[2]][:3]
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are: {', '.join(options)}" if len(options) <= 30 else "nothing is named like it"

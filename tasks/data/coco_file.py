@@ -1,0 +1,253 @@
+"""A COCO annotation file as typed records, or one line that says where it is wrong.
+
+The decoder is typed (msgspec), so that wrong types are found while reading; segmentations, by far the most
+of such a file, stay undecoded. `Raw` values point into the bytes of the file and keep them alive.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Raw, Struct, UnsetType
+from numpy.typing import NDArray
+
+from resnext_backbones.errors import UsageError
+from tasks.data.faults import NAMED, listed
+
+Id = int | float | str
+Ids = NDArray[np.int64]
+LARGEST_EXACT = 2**53  # above it a whole float no longer names one integer
+
+
+class ImageRecord(Struct, gc=False):
+    id: Id
+    file_name: str
+    width: int | float
+    height: int | float
+
+
+class AnnotationRecord(Struct, gc=False):
+    id: Id
+    image_id: Id
+    category_id: Id
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int | float | bool | None = 0
+    segmentation: Raw = Raw()
+
+
+class CategoryRecord(Struct, gc=False):
+    id: Id
+    name: str
+    keypoints: list[str] = []
+    skeleton: list[tuple[int, int]] = []
+
+
+class CocoFile(Struct, gc=False):
+    images: list[ImageRecord] | UnsetType = UNSET
+    annotations: list[AnnotationRecord] | UnsetType = UNSET
+    categories: list[CategoryRecord] | UnsetType = UNSET
+
+
+class _Unread(Struct, gc=False):
+    """The same file, each record left as it is, to find all the records that are wrong."""
+
+    images: list[Raw] = []
+    annotations: list[Raw] = []
+    categories: list[Raw] = []
+
+
+_RECORDS: dict[str, msgspec.json.Decoder] = {
+    "images": msgspec.json.Decoder(ImageRecord),
+    "annotations": msgspec.json.Decoder(AnnotationRecord),
+    "categories": msgspec.json.Decoder(CategoryRecord),
+}
+_NOT_NUMBERS = re.compile(rb'(?<![\w"])-?(?:NaN|Infinity)(?![\w"])')
+_MARKER = "(not a number)"
+
+
+def read_file(path: Path) -> CocoFile:
+    """Reads a COCO annotation file.
+
+    Raises:
+        UsageError: there is no such file, or it is not JSON (line and column are given), or not COCO's (the
+            records that are wrong are named by their path in the file and their ids).
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such annotation file; {_nearest(path)}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: the annotation file cannot be read: {error.strerror}") from None
+    try:
+        return msgspec.json.decode(data, type=CocoFile)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: {_wrong_records(data, str(error))}") from None
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path}: {_wrong_syntax(data, str(error))}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: {_wrong_text(data)}") from None
+    except RecursionError:
+        raise UsageError(
+            f"{path}: its lists are nested too deeply for a COCO file; export it again"
+        ) from None
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"nor is there a folder {folder}; check data.root"
+    found = sorted(entry.name for entry in folder.glob("*.json"))
+    return f"{folder} holds {', '.join(found[:NAMED])}" if found else f"{folder} holds no .json file"
+
+
+def _wrong_records(data: bytes, reason: str) -> str:
+    """What to say of a file that is JSON but has records of a wrong shape."""
+    try:
+        unread = msgspec.json.decode(data, type=_Unread)
+    except msgspec.ValidationError as error:
+        where, why = _split(str(error))
+        return (
+            f"not a COCO file: {where or 'at the top'}: {why}; an object is expected that holds the lists "
+            "`images`, `annotations` and `categories`"
+        )
+    wrong = [
+        (name, index, error)
+        for name, decoder in _RECORDS.items()
+        for index, record in enumerate(getattr(unread, name))
+        if (error := _wrong(decoder, record))
+    ]
+    named = []
+    for name, index, error in wrong[:NAMED]:
+        where, why = _split(error)
+        named.append(f"{name}[{index}]{where}: {why}{_whose(name, index, unread)}")
+    return (
+        f"{_count(len(wrong), 'record')} of a wrong form: {listed(named, len(wrong))}; correct or remove them"
+    )
+
+
+def _wrong(decoder: msgspec.json.Decoder, record: Raw) -> str:
+    try:
+        decoder.decode(record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return str(error)
+    return ""
+
+
+def _split(message: str) -> tuple[str, str]:
+    """msgspec's message as the path within the record and the reason."""
+    reason, _, path = message.partition(" - at `$")
+    return path.removesuffix("`"), reason
+
+
+def _whose(name: str, index: int, unread: _Unread) -> str:
+    """The ids and the file of a record, as far as it has any."""
+    record = _loosely(getattr(unread, name)[index])
+    if name == "categories":
+        parts = {"category": record.get("id")}
+    elif name == "images":
+        parts = {"image": record.get("id"), "file": record.get("file_name")}
+    else:
+        image_id = record.get("image_id")
+        image = next((i for i in map(_loosely, unread.images) if i.get("id") == image_id), {})
+        parts = {"annotation": record.get("id"), "image": image_id, "file": image.get("file_name")}
+    told = ", ".join(f"{what} {value!r}" for what, value in parts.items() if value is not None)
+    return f" ({told})" if told else ""
+
+
+def _loosely(record: Raw) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(record)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _wrong_syntax(data: bytes, reason: str) -> str:
+    """What to say of a file that is not JSON: where it breaks off, or which records hold NaN."""
+    if not data.strip():
+        return "the annotation file is empty; write it again"
+    if data.startswith(b"\xef\xbb\xbf"):
+        return "the file begins with a byte-order mark; save it as UTF-8 without one"
+    match = re.search(r"\(byte (\d+)\)", reason)
+    offset = int(match[1]) if match else len(data)
+    if _NOT_NUMBERS.match(data, max(0, offset - 1)) or _NOT_NUMBERS.match(data, offset):
+        named = _not_numbers(data)
+        where = f": {listed(named)}" if named else f" at {_place(data, offset)}"
+        return f"NaN and Infinity are not numbers of JSON{where}; correct or remove them"
+    if "truncated" in reason:
+        return f"the file ends too early, at {_place(data, offset)}; it was not written or copied to its end"
+    what = reason.partition(" (byte")[0].removeprefix("JSON is malformed: ")
+    return f"not JSON: {what} at {_place(data, offset)}; correct it or export it again"
+
+
+def _not_numbers(data: bytes) -> list[str]:
+    """The records that hold NaN or Infinity, found by reading these as text."""
+    try:
+        unread = msgspec.json.decode(_NOT_NUMBERS.sub(b'"%s"' % _MARKER.encode(), data), type=_Unread)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []
+    return [
+        f"{name}[{index}].{field}{_whose(name, index, unread)}"
+        for name in _RECORDS
+        for index, record in enumerate(getattr(unread, name))
+        if _MARKER.encode() in bytes(record)
+        for field, value in _loosely(record).items()
+        if _MARKER in str(value)
+    ]
+
+
+def _wrong_text(data: bytes) -> str:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 at {_place(data, error.start)}; save it as UTF-8"
+    return "not UTF-8; save it as UTF-8"
+
+
+def _place(data: bytes, offset: int) -> str:
+    line = data.count(b"\n", 0, offset) + 1
+    column = offset - data.rfind(b"\n", 0, offset)
+    return f"line {line}, column {column}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def whole_numbers(path: Path, columns: dict[str, Sequence[Id]]) -> tuple[list[Ids], bool]:
+    """Columns of one sort of id as int64 [N] each, and whether they were written as text.
+
+    columns: the values by their path in the file, with `{}` in the place of the index. Whole floats are
+    taken for integers; strings of digits are, where all columns hold nothing else.
+
+    Raises:
+        UsageError: an id is neither.
+    """
+    as_text = any(str in set(map(type, values)) for values in columns.values())
+    convert = _from_text if as_text else _whole
+    converted, wrong = [], []
+    for name, values in columns.items():
+        numbers = [convert(value) for value in values]
+        wrong += [f"{name.format(i)} = {values[i]!r}" for i, number in enumerate(numbers) if number is None]
+        converted.append(np.array([0 if number is None else number for number in numbers], dtype=np.int64))
+    if wrong:
+        rule = "either all are integers or all are strings of digits" if as_text else "integers are expected"
+        raise UsageError(f"{path}: {_count(len(wrong), 'id')} of a wrong form: {listed(wrong)}; {rule}")
+    return converted, as_text
+
+
+def _whole(value: Id) -> int | None:
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else None
+    return None
+
+
+def _from_text(value: Id) -> int | None:
+    plain = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
+    return int(value) if plain else None

@@ -1,0 +1,194 @@
+"""The datamodule of COCO files: one annotation file and one image folder a split."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from resnext_backbones.errors import UsageError
+from tasks.data.coco import CocoAnnotations, CocoDataset, read_coco
+from tasks.data.shapes import write_shapes
+from tasks.data.samplers import EvalSampler, Item, TrainLoader, TrainSampler
+from tasks.data.transforms import Prepared, collate
+
+Split = str | Mapping[str, str]
+
+
+class CocoData(LightningDataModule):
+    """Images with annotations in COCO's format.
+
+    Args:
+        root: folder of the dataset.
+        train, val, test: each the name of a split (`root/annotations/instances_{split}.json` and
+            `root/{split}/`, COCO's own layout) or a mapping with the paths `annotations` and `images`, absolute or relative to
+            `root`. Without `test`, the test stage is judged on `val`.
+        target: what the task learns from, set by the task.
+        image_size: shorter side and longest allowed longer side an image is resized to, in pixels.
+        jitter: range of a random factor on `image_size` in training.
+        augment: transforms of `torchvision.transforms.v2` by name, applied in this order in training.
+        batch_size: images a batch of one process.
+        num_workers: processes that load images; None: one a core, but one core is left to the training.
+        seed: of the order of images and of augmentation.
+        max_pixels: larger images are refused (decompression bombs).
+        bit_depth: for 16-bit images, the number of bits that are in use.
+        min_image_side: training leaves out images with a shorter side, in pixels.
+        max_drop_fraction: more faulty annotations than this share end the run.
+        worker_timeout: seconds after which a silent worker ends the run.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: Split = "train2017",
+        val: Split = "val2017",
+        test: Split | None = None,
+        *,
+        target: str = "boxes",
+        image_size: Sequence[int] = (800, 1333),
+        jitter: Sequence[float] = (1.0, 1.0),
+        augment: Mapping[str, v2.Transform] | None = None,
+        batch_size: int = 2,
+        num_workers: int | None = None,
+        seed: int = 0,
+        max_pixels: int = 100_000_000,
+        bit_depth: int | None = None,
+        min_image_side: int = 8,
+        max_drop_fraction: float = 0.01,
+        worker_timeout: int = 300,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.splits: dict[str, Split] = {"train": train, "val": val, "test": test or val}
+        self.test_is_val = test is None
+        self.target = target
+        self.image_size, self.jitter = _pair("data.image_size", image_size), _pair("data.jitter", jitter)
+        self.augment = dict(augment or {})
+        self.batch_size, self.seed = batch_size, seed
+        self.num_workers = _workers() if num_workers is None else num_workers
+        self.reading = {"max_pixels": max_pixels, "bit_depth": bit_depth}
+        self.cleaning = {"min_image_side": min_image_side, "max_drop_fraction": max_drop_fraction}
+        self.worker_timeout = worker_timeout
+        self._annotations: dict[tuple[Path, Path], CocoAnnotations] = {}
+
+    # What is where.
+
+    def paths(self, split: str) -> tuple[Path, Path]:
+        """Annotation file and image folder of `train`, `val` or `test`."""
+        where = self.splits[split]
+        if isinstance(where, str):
+            return self.root / "annotations" / f"instances_{where}.json", self.root / where
+        unknown = set(where) ^ {"annotations", "images"}
+        if unknown:
+            raise UsageError(
+                f"data.{split}={dict(where)}: give a split's name, or both paths: "
+                f"data.{split}='{{annotations: FILE, images: FOLDER}}'"
+            )
+        return self.root / where["annotations"], self.root / where["images"]
+
+    def annotation_file(self, split: str) -> Path:
+        return self.paths(split)[0]
+
+    def annotations(self, split: str) -> CocoAnnotations:
+        """A split's annotations, read once."""
+        paths = self.paths(split)
+        if paths not in self._annotations:
+            self._annotations[paths] = read_coco(*paths)
+        return self._annotations[paths]
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """The training split's classes in the order of their labels 1…K, as plain containers."""
+        return [{"id": c.id, "name": c.name} for c in self.annotations("train").categories]
+
+    @property
+    def names(self) -> list[str]:
+        return [category["name"] for category in self.categories]
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs, so that a fault shows before anything is trained."""
+        train = self.annotations("train")
+        for split in ("val", "test"):
+            other = self.annotations(split)
+            mine = [(c.id, c.name) for c in train.categories]
+            theirs = [(c.id, c.name) for c in other.categories]
+            if mine != theirs:
+                odd = sorted(set(mine) ^ set(theirs))[:20]
+                raise UsageError(
+                    f"{self.annotation_file(split)}: its categories differ from those of "
+                    f"{self.annotation_file('train')}: {odd}; make both lists of (id, name) equal"
+                )
+
+    def dataset(self, split: str, training: bool) -> CocoDataset:
+        return CocoDataset(
+            self.annotations(split), split, training=training, target=self.target, **self.reading
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        dataset = Prepared(
+            self.dataset("train", training=True),
+            self.image_size,
+            jitter=self.jitter,
+            augment=list(self.augment.values()),
+            seed=self.seed,
+            training=True,
+        )
+        sampler = TrainSampler(
+            len(dataset), self.batch_size, self.seed, trainer.global_rank, trainer.world_size
+        )
+        return TrainLoader(dataset, sampler=sampler, progress=self._progress, **self._loading())
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        dataset = Prepared(self.dataset(split, training=False), self.image_size)
+        sampler = EvalSampler(len(dataset), trainer.global_rank, trainer.world_size)
+        return DataLoader(dataset, sampler=sampler, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.num_workers
+        return {
+            "batch_size": self.batch_size,
+            "collate_fn": collate,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "timeout": self.worker_timeout if workers else 0,
+            "pin_memory": True,
+        }
+
+    def _progress(self) -> Item:
+        """Epoch and batches trained on in it, for checkpoints within an epoch."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed
+
+
+def _pair(name: str, values: Sequence[Any]) -> tuple[Any, Any]:
+    if len(values) != 2:
+        raise UsageError(f"{name}={list(values)}: two numbers are wanted")
+    return values[0], values[1]
+
+
+def _workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores - 1))
+
+
+class ShapesData(CocoData):
+    """The embedded dataset, written to `root` on first use (`tasks.data.shapes`)."""
+
+    def prepare_data(self) -> None:
+        write_shapes(self.root)

@@ -1,0 +1,556 @@
+"""The embedded default: pictures of six shapes, drawn from numbers, written once as a true COCO dataset.
+
+Image `index` of a split is a function of (seed, split, index, image size) and of nothing else: not of the
+number of images, nor of the process that draws it. Shapes are rotated, scaled, coloured and textured at
+random, so that only the outline tells the class. They lie on textured, cluttered ground and on one another.
+
+What is annotated is what is seen, as in COCO: mask, box and area are those of the visible part, exact to the
+pixel. A shape that would leave less than `MIN_VISIBLE` of another one in sight, or less than `MIN_SIDE`
+pixels of its box, is not placed; so every shape in a picture is annotated. Every twentieth image is empty,
+and every twentieth holds a dense group that is annotated as one crowd.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.progress import Progress
+
+from resnext_backbones.errors import UsageError
+
+CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
+KEYPOINTS = ("top", "right", "bottom", "left", "centre")
+SKELETON = ((1, 5), (2, 5), (3, 5), (4, 5))  # 1-based, as COCO has it
+SPLITS = ("train", "val", "test")
+
+VERSION = 1  # raised whenever the same seed gives other files
+MIN_SIDE, MAX_SIDE = 8, 96  # pixels, longer side of an object's box
+MIN_IMAGE_SIZE = 32  # pixels; in less there is no room for shapes on one another
+MIN_VISIBLE = 0.3  # share of a shape that stays in sight, of its whole area
+SUPERSAMPLING = 4
+STALE_SECONDS = 3600  # a write takes seconds, so what is older was left by one that was killed
+
+Loop = NDArray[np.float64]  # [vertices, 2], x and y
+Corner = tuple[int, int]  # x, y between pixels
+
+
+@dataclass
+class Shape:
+    """One placed shape, or a crowd of them.
+
+    label: 1…6. loops: the whole outline in pixels, hidden parts included; a second loop is a hole.
+    centre: x, y. visible: bool [H, W], the part in sight.
+    """
+
+    label: int
+    loops: list[Loop]
+    centre: NDArray[np.float64]
+    visible: NDArray[np.bool_]
+    crowd: bool = False
+
+
+@dataclass
+class Scene:
+    """image: uint8 [H, W, 3], RGB. shapes: from the lowest to the topmost."""
+
+    image: NDArray[np.uint8]
+    shapes: list[Shape]
+
+
+# --- outlines -------------------------------------------------------------------------------------------
+
+
+def _regular(vertices: int, radius: float = 1.0) -> Loop:
+    angles = 2 * np.pi * np.arange(vertices) / vertices
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star() -> Loop:
+    return _regular(10) * np.where(np.arange(10) % 2, 0.45, 1.0)[:, None]
+
+
+def _cross(arm: float = 0.34) -> Loop:
+    quarter, turn = np.array([[1, -arm], [1, arm], [arm, arm]]), np.array([[0, 1], [-1, 0]])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
+
+
+# around the origin, as large as they come; a second loop is a hole
+_OUTLINES: dict[str, list[Loop]] = {
+    "circle": [_regular(48)],
+    "square": [_regular(4)],
+    "triangle": [_regular(3)],
+    "star": [_star()],
+    "cross": [_cross()],
+    "ring": [_regular(48), _regular(48, 0.52)],
+}
+
+
+def _outline(label: int, side: float, angle: float) -> list[Loop]:
+    """The outline around the origin, turned by `angle`, its box's longer side `side` pixels."""
+    c, s = np.cos(angle), np.sin(angle)
+    loops = [loop @ np.array([[c, s], [-s, c]]) for loop in _OUTLINES[CLASSES[label - 1]]]
+    scale = side / np.ptp(loops[0], axis=0).max()
+    return [loop * scale for loop in loops]
+
+
+# --- textures -------------------------------------------------------------------------------------------
+
+
+def _wave(rng: Generator, height: int, width: int, period: tuple[float, float]) -> NDArray[np.float32]:
+    """A plane wave in −1…1 of random direction, phase and period (pixels)."""
+    angle, phase = rng.uniform(0, 2 * np.pi, 2)
+    k = 2 * np.pi / rng.uniform(*period)
+    x = np.arange(width, dtype=np.float32) * np.float32(k * np.cos(angle))
+    y = np.arange(height, dtype=np.float32) * np.float32(k * np.sin(angle))
+    return np.sin(y[:, None] + x + np.float32(phase)).astype(np.float32)
+
+
+def _ramp(rng: Generator, height: int, width: int) -> NDArray[np.float32]:
+    """A linear gradient in −1…1 of random direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(angle))
+    y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(angle))
+    longest = np.float32(abs(np.cos(angle)) + abs(np.sin(angle)))
+    return ((y[:, None] + x) / longest).astype(np.float32)
+
+
+def _blotches(rng: Generator, height: int, width: int, cells: int) -> NDArray[np.float32]:
+    """Smooth noise in about −1…1 with `cells` random values along each side."""
+    grid = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _fill(rng: Generator, height: int, width: int) -> NDArray[np.float32]:
+    """The pattern of one shape, in −1…1."""
+    match rng.integers(6):
+        case 0:
+            return np.zeros((height, width), dtype=np.float32)
+        case 1:
+            return _ramp(rng, height, width)
+        case 2:
+            return np.sign(_wave(rng, height, width, (5, 14)))
+        case 3:
+            return np.sign(_wave(rng, height, width, (8, 18)) * _wave(rng, height, width, (8, 18)))
+        case 4:
+            return _blotches(rng, height, width, 6)
+        case _:
+            return rng.uniform(-1, 1, (height, width)).astype(np.float32)
+
+
+def _background(rng: Generator, size: int) -> NDArray[np.float32]:
+    """Ground [3, H, W] of gradient, smooth noise, stripes, strokes of little contrast, and grain."""
+
+    def tint(strength: float) -> NDArray[np.float32]:
+        return rng.uniform(-strength, strength, (3, 1, 1)).astype(np.float32)
+
+    ground = _ramp(rng, size, size) * tint(35)
+    ground += np.float32(rng.uniform(60, 195)) + tint(45)
+    ground += _blotches(rng, size, size, int(rng.integers(3, 7))) * tint(25)
+    ground += _blotches(rng, size, size, max(size // 6, 2)) * tint(14)
+    if rng.random() < 0.5:
+        ground += _wave(rng, size, size, (6, 30)) * tint(16)
+    grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(2, 9))
+    ground += _strokes(rng, size) + grain
+    return np.clip(ground, 0, 255, out=ground)
+
+
+def _strokes(rng: Generator, size: int) -> NDArray[np.float32]:
+    """Lines and arcs, a little lighter or darker. None is closed: there is nothing to be found in them."""
+    canvas = Image.new("L", (size, size), 128)
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(4, 14)):
+        x0, y0, x1, y1 = (rng.uniform(-0.2, 1.2, 4) * size).tolist()
+        shade, width = int(128 + rng.uniform(-28, 28)), int(rng.integers(1, 4))
+        if rng.random() < 0.6:
+            pen.line([(x0, y0), (x1, y1)], fill=shade, width=width)
+        else:
+            radius, start = rng.uniform(0.05, 0.35) * size, rng.uniform(0, 360)
+            circle = (x0 - radius, y0 - radius, x0 + radius, y0 + radius)
+            pen.arc(circle, start, start + rng.uniform(40, 150), fill=shade, width=width)
+    return np.asarray(canvas, dtype=np.float32) - 128
+
+
+def _colour(rng: Generator, ground: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A random colour [3, 1, 1] that stands out from `ground` [3, h, w]; one in eight only a little."""
+    distance = 55 if rng.random() < 1 / 8 else 95
+    candidates = rng.uniform(0, 255, (16, 3)).astype(np.float32)
+    apart = np.linalg.norm(candidates - ground.mean(axis=(1, 2)), axis=1)
+    far_enough = np.flatnonzero(apart >= distance)
+    return candidates[far_enough[0] if len(far_enough) else apart.argmax()].reshape(3, 1, 1)
+
+
+# --- drawing --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Patch:
+    """coverage: float [h, w] in 0…1, the part inside the image; window: where it lies; whole: all pixels."""
+
+    coverage: NDArray[np.float32]
+    window: tuple[slice, slice]
+    whole: int
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        return self.coverage >= 0.5
+
+
+def _rasterise(loops: list[Loop], size: int, rim: bool = False) -> _Patch:
+    """Antialiased coverage of an outline, or of a stroke along it (`rim`) within the same window."""
+    x, y = (np.floor(loops[0].min(axis=0)).astype(int) - 1).tolist()
+    right, bottom = (np.ceil(loops[0].max(axis=0)).astype(int) + 1).tolist()
+    width, height = right - x, bottom - y
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    pen = ImageDraw.Draw(canvas)
+    for hole, loop in enumerate(loops):
+        # Pillow counts from the middle of the first pixel, an outline from its edge
+        points = [(px, py) for px, py in ((loop - (x, y)) * SUPERSAMPLING - 0.5).tolist()]
+        if rim:
+            pen.line([*points, points[0]], fill=255, width=SUPERSAMPLING + width * SUPERSAMPLING // 14)
+        else:
+            pen.polygon(points, fill=0 if hole else 255)
+    coverage = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / np.float32(255)
+    x0, x1, y0, y1 = max(x, 0), min(right, size), max(y, 0), min(bottom, size)
+    inside = coverage[y0 - y : y1 - y, x0 - x : x1 - x]
+    return _Patch(inside, (slice(y0, y1), slice(x0, x1)), int((coverage >= 0.5).sum()))
+
+
+def _paint(rng: Generator, image: NDArray[np.float32], loops: list[Loop], patch: _Patch) -> None:
+    """Draw one shape into `image` [3, H, W] in place, with a random colour and texture, half with a rim."""
+    region = image[:, *patch.window]
+    swing = (rng.uniform(15, 45, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
+    paint = _colour(rng, region) + _fill(rng, *patch.coverage.shape) * swing
+    if rng.random() < 0.5:
+        rim = _rasterise(loops, image.shape[1], rim=True).coverage * np.float32(rng.uniform(0.3, 0.8))
+        paint += rim * (np.float32(rng.choice([20, 235])) - paint)
+    region += patch.coverage * (paint - region)
+    np.clip(region, 0, 255, out=region)
+
+
+def _leaves_enough(top: NDArray[np.int16], whole: list[int], patch: _Patch) -> bool:
+    """Whether every shape stays in sight once `patch` lies on top, itself included."""
+    number = len(whole)
+    after = top.copy()
+    after[patch.window][patch.mask] = number
+    hidden = np.flatnonzero(np.bincount(top[patch.window][patch.mask] + 1, minlength=1)[1:]).tolist()
+    return all(_in_sight(after == n, [*whole, patch.whole][n]) for n in [*hidden, number])
+
+
+def _in_sight(visible: NDArray[np.bool_], whole: int) -> bool:
+    return int(np.count_nonzero(visible)) >= MIN_VISIBLE * whole and max(_box(visible)[2:]) >= MIN_SIDE
+
+
+def _random_place(rng: Generator, side: float, size: int, others: list[tuple[float, float, float]]) -> Loop:
+    """x, y of the next shape's centre; often so near one of `others` (x, y, side) that they overlap."""
+    centre = rng.uniform(0, size, 2)
+    if others and rng.random() < 0.6:
+        x, y, other = others[rng.integers(len(others))]
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.42) * (side + other)
+        centre = np.array([x + reach * np.cos(angle), y + reach * np.sin(angle)])
+    return np.clip(centre, 0.4 * side, size - 0.4 * side)  # a tenth of the side may leave the image
+
+
+def scene(seed: int, split: str, index: int, image_size: int = 128) -> Scene:
+    """Draw image `index` (from 0) of a split: a pure function of its arguments."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    image = _background(rng, image_size)
+    top = np.full((image_size, image_size), -1, dtype=np.int16)  # number of the topmost shape in each pixel
+    shapes: list[Shape] = []
+    whole: list[int] = []  # pixels of each shape before anything lay on it
+    others: list[tuple[float, float, float]] = []
+
+    wanted = 0 if index % 20 == 9 else int(rng.integers(3, 7))
+    if index % 20 == 19:
+        shapes.append(_crowd(rng, image, top))
+        whole.append(int((top == 0).sum()))
+        wanted = int(rng.integers(1, 4))
+    for _ in range(4 * (wanted - len(shapes))):
+        if len(shapes) == wanted:
+            break
+        label = int(rng.integers(1, len(CLASSES) + 1))
+        side = _random_side(rng, image_size)
+        centre = _random_place(rng, side, image_size, others)
+        loops = [loop + centre for loop in _outline(label, side, rng.uniform(0, 2 * np.pi))]
+        patch = _rasterise(loops, image_size)
+        if _leaves_enough(top, whole, patch):
+            _paint(rng, image, loops, patch)
+            top[patch.window][patch.mask] = len(shapes)
+            shapes.append(Shape(label, loops, centre, patch.mask))
+            whole.append(patch.whole)
+            others.append((float(centre[0]), float(centre[1]), side))
+    for number, shape in enumerate(shapes):
+        shape.visible = top == number
+    return Scene(np.ascontiguousarray(np.rint(image).astype(np.uint8).transpose(1, 2, 0)), shapes)
+
+
+def _random_side(rng: Generator, size: int) -> float:
+    low, mode, high = np.log([MIN_SIDE + 1, 32, MAX_SIDE - 2])
+    return min(float(np.exp(rng.triangular(low, mode, high))), 0.75 * size)
+
+
+def _crowd(rng: Generator, image: NDArray[np.float32], top: NDArray[np.int16]) -> Shape:
+    """Paint a heap of small shapes of one class, too dense to be told apart, as number 0 of the scene."""
+    size = len(top)
+    label = int(rng.integers(1, len(CLASSES) + 1))
+    middle = rng.uniform(0.3, 0.7, 2) * size
+    for _ in range(rng.integers(14, 26)):
+        centre = np.clip(middle + rng.normal(0, 0.1 * size, 2), 0.06 * size, 0.94 * size)
+        side = rng.uniform(0.07, 0.13) * size
+        loops = [loop + centre for loop in _outline(label, side, rng.uniform(0, 2 * np.pi))]
+        patch = _rasterise(loops, size)
+        _paint(rng, image, loops, patch)
+        top[patch.window][patch.mask] = 0
+    return Shape(label, [], middle, top == 0, crowd=True)
+
+
+# --- annotations ----------------------------------------------------------------------------------------
+
+
+def _box(mask: NDArray[np.bool_]) -> list[int]:
+    """x, y, width, height of a mask in pixels; zeros where it is empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return [0, 0, 0, 0]
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+
+
+def _runs(mask: NDArray[np.bool_]) -> dict[str, list[int]]:
+    """Uncompressed COCO run lengths: down the columns, beginning with the zeros."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    ends = [0, *changes.tolist(), flat.size]
+    counts = np.diff(ends).tolist()
+    return {"counts": [0, *counts] if flat[0] else counts, "size": list(mask.shape)}
+
+
+def polygons(mask: NDArray[np.bool_]) -> list[list[int]]:
+    """The outlines of a mask as COCO polygons [x, y, x, y, …] along pixel edges, one for each connected part.
+
+    Rasterised by pycocotools they give back the same mask. COCO's polygons have no holes: a hole is joined
+    to the outline around it by a line of no width, walked there and back.
+    """
+    loops = _boundaries(mask)
+    outlines = [loop for loop in loops if _signed_area(loop) > 0]
+    for hole in (loop for loop in loops if _signed_area(loop) < 0):
+        around = min((o for o in outlines if _encloses(o, min(hole))), key=_signed_area)
+        apart = np.abs(np.array(around)[:, None] - np.array(hole)).sum(axis=2)
+        i, j = divmod(int(apart.argmin()), len(hole))
+        around[i + 1 : i + 1] = [*hole[j:], *hole[: j + 1], around[i]]
+    return [[v for corner in loop for v in corner] for loop in outlines]
+
+
+def _boundaries(mask: NDArray[np.bool_]) -> list[list[Corner]]:
+    """The corners of each boundary, walked with the mask on the right hand: holes run the other way round."""
+    left, above, width, height = _box(mask)
+    padded = np.pad(mask[above : above + height, left : left + width], 1)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    leaving = np.stack([se & ~ne, sw & ~se, nw & ~sw, ne & ~nw])  # edges to the right, down, left, up
+
+    direction, y, x = np.nonzero(leaving)
+    number = np.full(leaving.shape, -1)
+    number[leaving] = np.arange(len(x))
+    end_x, end_y = x + np.array([1, 0, -1, 0])[direction], y + np.array([0, 1, 0, -1])[direction]
+    # to turn right before going on straight or left keeps parts that touch at a corner apart
+    onward = np.stack([number[(direction + turn) % 4, end_y, end_x] for turn in (1, 0, 3)])
+    choice = (onward >= 0).argmax(axis=0)
+    following = onward[choice, np.arange(len(x))].tolist()
+    is_corner = (choice != 1).tolist()
+    ends = list(zip((end_x + left).tolist(), (end_y + above).tolist(), strict=True))
+
+    loops = []
+    unwalked = dict.fromkeys(range(len(ends)))
+    while unwalked:
+        edge, loop = next(iter(unwalked)), []
+        while edge in unwalked:
+            del unwalked[edge]
+            if is_corner[edge]:
+                loop.append(ends[edge])
+            edge = following[edge]
+        loops.append(loop)
+    return loops
+
+
+def _signed_area(loop: list[Corner]) -> int:
+    x, y = np.array(loop).T
+    return int((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
+
+
+def _encloses(outline: list[Corner], first: Corner) -> bool:
+    """Whether the pixel to the left of a hole's first corner lies in `outline`, by the even-odd rule."""
+    x, y = np.array(outline).T
+    below = y > first[1] + 0.5
+    crossings = (below != np.roll(below, -1)) & (x >= first[0])  # such edges are vertical
+    return bool(crossings.sum() % 2)
+
+
+def _keypoints(shape: Shape, above: NDArray[np.bool_]) -> list[float]:
+    """x, y, v of the outline's extreme points and its centre; v: 0 outside the image, 1 hidden, 2 in sight.
+
+    The extremes are those in the picture (its top is up), since turned shapes have no top of their own.
+    """
+    outline, result = shape.loops[0], []
+    x, y = outline.T
+    extremes = (y.argmin(), x.argmax(), y.argmax(), x.argmin())
+    for px, py in [*(outline[i] for i in extremes), shape.centre]:
+        px, py = round(float(px), 1), round(float(py), 1)
+        if 0 <= px < above.shape[1] and 0 <= py < above.shape[0]:
+            result += [px, py, 1 if above[int(py), int(px)] else 2]
+        else:
+            result += [0, 0, 0]
+    return result
+
+
+def _annotations(shapes: list[Shape], image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """The COCO annotations of one image, numbered from `first_id`."""
+    result = []
+    for number, shape in enumerate(shapes):
+        # what a later shape hides of an earlier one stays in its own sight or in that of a still later one
+        above = np.any([np.zeros_like(shape.visible), *(s.visible for s in shapes[number + 1 :])], axis=0)
+        keypoints = [0.0] * 3 * len(KEYPOINTS) if shape.crowd else _keypoints(shape, above)
+        result.append(
+            {
+                "id": first_id + number,
+                "image_id": image_id,
+                "category_id": shape.label,
+                "bbox": _box(shape.visible),
+                "area": int(shape.visible.sum()),
+                "iscrowd": int(shape.crowd),
+                "segmentation": _runs(shape.visible) if shape.crowd else polygons(shape.visible),
+                "keypoints": keypoints,
+                "num_keypoints": sum(v > 0 for v in keypoints[2::3]),
+            }
+        )
+    return result
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def write_shapes(
+    root: Path,
+    seed: int = 0,
+    train: int = 1000,
+    val: int = 150,
+    test: int = 200,
+    image_size: int = 128,
+) -> Path:
+    """Write the dataset into `root` in COCO's 2017 layout, unless it is there already; return `root`.
+
+    `annotations/instances_{split}.json`, `{split}/000001.jpg` (JPEG, quality 95) and `dataset.json`, which
+    says what was written. `root` appears whole or not at all, also when two processes write it at once.
+    Raises UsageError where `root` holds anything else, or cannot be written.
+    """
+    if image_size < MIN_IMAGE_SIZE:
+        raise UsageError(f"image_size {image_size}: the shapes need at least {MIN_IMAGE_SIZE} pixels")
+    counts = dict(zip(SPLITS, (train, val, test), strict=True))
+    described = {
+        "name": "shapes",
+        "version": VERSION,
+        "seed": seed,
+        "image_size": image_size,
+        "images": counts,
+    }
+    if _finished(root, described):
+        return root
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        part = Path(tempfile.mkdtemp(prefix=f".{root.name}-", suffix=".part", dir=root.parent))
+        try:
+            _write(part, described)
+            part.chmod(0o755)  # mkdtemp makes it private
+            _publish(part, root, described)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"{root}: cannot write the shapes dataset ({error.strerror}); give another data.root"
+        ) from error
+    return root
+
+
+def _finished(root: Path, described: dict[str, Any]) -> bool:
+    """Whether `root` holds this dataset; False where it is free to be written."""
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise UsageError(f"{root}: is a file, but the shapes dataset needs a folder; give another data.root")
+    try:
+        found = json.loads((root / "dataset.json").read_bytes())
+    except (OSError, ValueError):
+        found = None
+    if found == described:
+        return True
+    if isinstance(found, dict) and found.get("name") == "shapes":
+        differing = [k for k in described if found.get(k) != described[k]]
+        asked = ", ".join(f"{k} {found.get(k)} instead of {described[k]}" for k in differing)
+        raise UsageError(
+            f"{root}: holds a shapes dataset of {asked}; delete the folder or give another data.root"
+        )
+    if any(root.iterdir()):
+        raise UsageError(
+            f"{root}: holds other files than the shapes dataset; empty it or give another data.root"
+        )
+    return False
+
+
+def _sweep(root: Path) -> None:
+    """Remove what writers that were killed have left beside `root`."""
+    for part in root.parent.glob(f".{root.name}-*.part"):
+        if time.time() - part.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _publish(part: Path, root: Path, described: dict[str, Any]) -> None:
+    """Give the finished folder its name, unless another process was first with the same."""
+    try:
+        os.replace(part, root)
+    except OSError:
+        if not _finished(root, described):
+            raise
+
+
+def _write(root: Path, described: dict[str, Any]) -> None:
+    size = described["image_size"]
+    (root / "annotations").mkdir()
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("writing the shapes dataset", total=sum(described["images"].values()))
+        for split, count in described["images"].items():
+            (root / split).mkdir()
+            images: list[dict[str, Any]] = []
+            annotations: list[dict[str, Any]] = []
+            for index in range(count):
+                drawn = scene(described["seed"], split, index, size)
+                name = f"{index + 1:06d}.jpg"
+                Image.fromarray(drawn.image).save(root / split / name, quality=95)
+                images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+                annotations += _annotations(drawn.shapes, index + 1, len(annotations) + 1)
+                progress.advance(bar)
+            content = {
+                "info": {"description": f"shapes, {split}", "version": str(VERSION)},
+                "licenses": [],
+                "images": images,
+                "annotations": annotations,
+                "categories": _categories(),
+            }
+            (root / "annotations" / f"instances_{split}.json").write_text(
+                json.dumps(content, separators=(",", ":"))
+            )
+    (root / "dataset.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _categories() -> list[dict[str, Any]]:
+    return [
+        {"id": i, "name": name, "supercategory": "shape", "keypoints": KEYPOINTS, "skeleton": SKELETON}
+        for i, name in enumerate(CLASSES, start=1)
+    ]

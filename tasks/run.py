@@ -1,0 +1,261 @@
+"""One run: what its configuration names is built, its stages follow one another, its results are kept."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from resnext_backbones import freeze, freeze_norms, load_weights
+from resnext_backbones.errors import UsageError
+from tasks.base import BaseTask
+from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
+from tasks.data.check import check_dataset, start_report
+from tasks.data.module import CocoData
+from tasks.folder import open_folder, resumed
+from tasks.loggers import git_state, versions, wandb_logger, without_secrets, write_summary
+
+STAGES = ("check", "fit", "validate", "test")
+console = Console(highlight=False, soft_wrap=True)
+
+
+@rank_zero_only
+def say(text: Any) -> None:
+    console.print(text)
+
+
+def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> Path:
+    """Runs the stages that `cfg` asks for and returns the run's folder.
+
+    Args:
+        cfg: the composed configuration (`configs/train.yaml`).
+        overrides: what stood on the command line.
+        choices: the option chosen in each group of the configuration.
+
+    Raises:
+        UsageError: a fault that the user can mend.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        DivergedError: a loss was not finite.
+    """
+    began = time.time()
+    if cfg.resume is not None:
+        cfg = resumed(cfg, overrides, say)
+    stages = wanted(cfg)
+    seed_everything(cfg.seed, verbose=False)
+    data = build(cfg, "data", seed=cfg.seed)
+    data.prepare_data()
+    data.setup("fit")
+    say(start_report({split: data.annotations(split) for split in data.splits}))
+    folder = Path(cfg.run_dir) if cfg.resume is not None else open_folder(cfg, choices)
+
+    summary: dict[str, Any] = {
+        "command": " ".join(["python train.py", *overrides]),
+        **{group: choices[group] for group in ("task", "model", "backbone", "data")},
+        "seed": cfg.seed,
+        "versions": versions(),
+        "git": git_state(),
+    }
+    if "check" in stages:
+        report = check_dataset(
+            {split: data.dataset(split, training=split == "train") for split in data.splits},
+            folder,
+            data.num_workers,
+        )
+        summary["check"] = "passed" if report.ok else "failed"
+    if set(stages) & set(STAGE):
+        task = build_task(cfg, data)
+        trainer = build_trainer(cfg, choices, folder, summary)
+        try:
+            results = {}
+            for stage in filter(STAGE.get, stages):
+                results |= STAGE[stage](cfg, trainer, task, data, folder)
+        finally:
+            for logger in trainer.loggers:
+                logger.finalize("success")
+        summary |= {"recipe": task.recipe and task.recipe.as_dict(), "results": results}
+        say(table(results, task))
+    write_summary(folder, {**summary, "seconds": round(time.time() - began, 1)})
+    say(f"everything is in {folder}")
+    return folder
+
+
+# Building what the configuration names.
+
+
+def wanted(cfg: DictConfig) -> list[str]:
+    """The stages in their order; one alone may be given without brackets."""
+    stages = [cfg.stages] if isinstance(cfg.stages, str) else list(cfg.stages)
+    if not stages or (unknown := [stage for stage in stages if stage not in STAGES]):
+        raise UsageError(f"stages={stages}: {unknown or 'nothing'} is not of {', '.join(STAGES)}")
+    return stages
+
+
+def build(cfg: DictConfig, key: str, **more: Any) -> Any:
+    """The object that `cfg[key]` names by `_target_`; the user's own mistakes come out as UsageError."""
+    try:
+        return instantiate(cfg[key], **more)
+    except MissingMandatoryValue as fault:
+        missing = sorted(f"{key}.{name}" for name in cfg[key] if OmegaConf.is_missing(cfg[key], name))
+        raise UsageError(f"{', '.join(missing)} is not given; add {missing[0]}=VALUE") from fault
+    except InstantiationException as fault:
+        if isinstance(fault.__cause__, UsageError):
+            raise fault.__cause__ from None
+        if isinstance(fault.__cause__, TypeError | ValueError | ImportError | AttributeError | None):
+            raise UsageError(f"{key}: {fault}") from fault
+        raise
+
+
+def build_task(cfg: DictConfig, data: CocoData) -> BaseTask:
+    """The network with its weights, in the task that trains it."""
+    body = build_body(cfg, data)
+    model = build(cfg, "model", body=body, num_classes=len(data.categories))
+    model.to(memory_format=torch.channels_last)
+    optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
+    task = build(cfg, "task", model=model, optimizer=optimizer, scheduler=scheduler, seed=cfg.seed)
+    task.record = {
+        "config": without_secrets(OmegaConf.to_container(cfg, resolve=True)),
+        "categories": data.categories,
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{type(model).__name__} on {cfg.backbone._target_.rpartition('.')[2]}: {parameters:,} parameters")
+    return task
+
+
+def build_body(cfg: DictConfig, data: CocoData) -> nn.Module:
+    """The body with its weights; by default pretrained norms and early stages stay as they are, random ones learn."""
+    settings = cfg.backbone.copy()
+    weights, freeze_at, frozen_norms = (settings.pop(k) for k in ("weights", "freeze_at", "freeze_norms"))
+    if weights is None and cfg.resume is None and cfg.ckpt_path is None and (freeze_at or frozen_norms):
+        raise UsageError(
+            f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers as they "
+            "are: give backbone.weights=SOURCE, or leave them out"
+        )
+    body = build(OmegaConf.create({"backbone": settings}), "backbone")
+    if weights is not None:
+        say(load_weights(body, weights))
+    if frozen_norms if frozen_norms is not None else weights is not None:
+        freeze_norms(body)
+    freeze(body, freeze_at if freeze_at is not None else 2 if weights is not None else 0)
+    return body
+
+
+def build_trainer(
+    cfg: DictConfig, choices: Mapping[str, str], folder: Path, summary: Mapping[str, Any]
+) -> Trainer:
+    """Lightning's trainer with our checkpoints, our samplers and the loggers."""
+    settings = cfg.copy()
+    settings.trainer.precision = precision(cfg.trainer.precision)
+    callbacks = [build(settings.callbacks, name) for name in settings.callbacks]
+    return build(
+        settings,
+        "trainer",
+        callbacks=callbacks,
+        logger=build_loggers(settings, choices, folder, summary),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        use_distributed_sampler=False,  # our samplers know their rank, and do not pad
+        num_sanity_val_steps=0,  # two batches say nothing about a split
+        enable_model_summary=False,
+    )
+
+
+def build_loggers(
+    cfg: DictConfig, choices: Mapping[str, str], folder: Path, summary: Mapping[str, Any]
+) -> list[Logger]:
+    config = {**OmegaConf.to_container(cfg, resolve=True), **summary}  # type: ignore[dict-item]
+    loggers = [build(cfg.logger, name) for name in cfg.logger if name != "wandb"]
+    wandb = wandb_logger(
+        **cfg.logger.wandb,
+        run_id=cfg.run_id,
+        name=f"{choices['task']}-{choices['backbone']}-{cfg.seed}",
+        folder=folder,
+        job_type=choices["task"],
+        config=without_secrets(config),
+    )
+    return loggers + ([wandb] if wandb else [])
+
+
+def precision(asked: str) -> str:
+    """`auto` becomes bf16-mixed where the hardware computes in bfloat16, 32-true elsewhere."""
+    if str(asked).endswith("-true") and not str(asked).startswith(("32", "64")):
+        raise UsageError(
+            f"trainer.precision={asked}: boxes need float32; give bf16-mixed, 16-mixed or 32-true"
+        )
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
+
+
+# The stages.
+
+
+def fit(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
+    """Trains; returns the numbers of the best epoch on `val`."""
+    checkpoint = str(find_checkpoint(cfg.resume)) if cfg.resume is not None else None
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    best = trainer.checkpoint_callback
+    score = getattr(best, "best_model_score", None)
+    return {} if score is None else {f"best {best.monitor}": float(score)}  # type: ignore[union-attr]
+
+
+def validate(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
+    (numbers,) = trainer.validate(task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False)
+    task.metrics["val"].save(folder, "val")
+    return dict(numbers)
+
+
+def test(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
+    if data.test_is_val:
+        say("data.test is not given: the test stage is judged on data.val, which also chose the best epoch")
+    (numbers,) = trainer.test(task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False)
+    task.metrics["test"].save(folder, "test")
+    return dict(numbers)
+
+
+STAGE = {"fit": fit, "validate": validate, "test": test}
+
+
+def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
+    """The checkpoint to evaluate: the one asked for, else the best of the fit, else that of the resumed run."""
+    if cfg.ckpt_path is not None:
+        path = Path(cfg.ckpt_path)
+        best = path / "checkpoints/best.ckpt"
+        return str(best if best.exists() else find_checkpoint(path))
+    if best_path := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+        say(f"evaluating the best epoch, {best_path}")
+        return best_path
+    if cfg.resume is not None:
+        return str(find_checkpoint(cfg.resume))
+    if trainer.global_step == 0:
+        say("no checkpoint is given (ckpt_path=…): evaluating the network as it was initialised")
+    return None
+
+
+def table(results: Mapping[str, float], task: BaseTask) -> Table:
+    """The final numbers, splits side by side, then the classes."""
+    splits = [s for s in ("val", "test") if any(k.startswith(f"{s}/") for k in results)]
+    out = Table("metric", *splits, title=None)
+    for name in dict.fromkeys(k.partition("/")[2] for k in results if "/" in k and not k.startswith("best")):
+        out.add_row(name, *(_cell(results.get(f"{split}/{name}")) for split in splits))
+    per_class = {split: task.metrics[split].per_class for split in splits}
+    out.add_section()
+    for name in dict.fromkeys(name for split in splits for name in per_class[split]):
+        out.add_row(f"AP of {name}", *(_cell(per_class[split].get(name)) for split in splits))
+    return out
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,52 @@
+"""Learning rates over the steps of a run: a linear warm-up, then cosine or steps."""
+
+import math
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up, then half a cosine (Loshchilov & Hutter, arXiv 1608.03983).
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        warmup: share of `total_steps` in which the rate rises, 0…1.
+        final: what is left of the rate at the end, 0…1.
+    """
+    rising = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        done = min(1.0, (step - rising) / max(1, total_steps - rising))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
+
+
+def warmup_multistep(
+    optimizer: Optimizer,
+    total_steps: int,
+    *,
+    warmup: float = 0.0,
+    milestones: Sequence[float] = (2 / 3, 8 / 9),
+    gamma: float = 0.1,
+) -> LambdaLR:
+    """Linear warm-up, then `gamma` times the rate at each milestone.
+
+    Args:
+        total_steps, warmup: as above.
+        milestones: shares of `total_steps`, 0…1; the default is that of Detectron's 1× schedule, steps
+            60,000 and 80,000 of 90,000.
+    """
+    rising = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        passed = sum(step >= round(share * total_steps) for share in milestones)
+        return min(1.0, (step + 1) / (rising + 1)) * gamma**passed
+
+    return LambdaLR(optimizer, factor)

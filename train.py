@@ -1,0 +1,38 @@
+"""Starts a run: `python train.py task=detection`. `python train.py --help` tells the rest.
+
+Only Hydra is imported until the configuration is composed, so that help and mistakes are answered at once.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach `guarded`, which prints them in one line
+
+import hydra
+from omegaconf import DictConfig
+
+from tasks.cli import check_types, end, guarded
+
+CONFIGS = str(Path(__file__).resolve().parent / "configs")
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
+def main(cfg: DictConfig) -> None:
+    hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
+    overrides, choices = list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)
+    check_types(cfg, overrides, choices, "train")
+
+    from resnext_backbones.errors import UsageError  # imports torch
+    from tasks.callbacks import Interrupted
+    from tasks.run import run
+
+    try:
+        run(cfg, overrides, choices)
+    except UsageError as error:
+        end(str(error))
+    except Interrupted as stop:
+        end(f"{stop}; the state is saved in {stop.saved}; to go on: python train.py resume={stop.folder}", stop.exit_code)
+
+
+if __name__ == "__main__":
+    guarded(main, CONFIGS, "train")
