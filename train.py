@@ -4,6 +4,8 @@ Only Hydra is imported until the configuration is composed, so that help and mis
 """
 
 import os
+import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach `guarded`, which prints them in one line
@@ -31,7 +33,11 @@ def main(cfg: DictConfig) -> None:
     except UsageError as error:
         end(str(error))
     except Interrupted as stop:
-        end(f"{stop}; the state is saved in {stop.saved}; to go on: python train.py resume={stop.folder}", stop.exit_code)
+        again = f"to go on: python train.py resume={stop.folder}"
+        end(f"{stop}; the state is saved in {stop.saved}; {again}", stop.exit_code)
+    except Exception:  # not a mistake in the configuration, which `guarded` would take it for
+        traceback.print_exc()
+        sys.exit(1)
 
 
 if __name__ == "__main__":

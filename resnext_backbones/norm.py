@@ -54,7 +54,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """
     # A convolution of another kind (quantised, adapted, padding otherwise) keeps its own forward.
     plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
-    if not plain or not isinstance(norm, FrozenBatchNorm2d):
+    if not (isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d) and plain):
         return norm(conv(x))
     scale, shift = norm.affine()
     weight = conv.weight * scale[:, None, None, None]

@@ -111,6 +111,7 @@ def _nearest(name: str, cutoff: float) -> str:
         f"{weights.__name__}.{member}".lower(): f"{weights.__name__}.{member}"
         for weights in map(models.get_model_weights, models.list_models())
         for member in weights.__members__
+        if TORCHVISION_NAME.fullmatch(f"{weights.__name__}.{member}")  # not the quantised ones
     }
     return ", ".join(names[near] for near in difflib.get_close_matches(name.lower(), names, 3, cutoff))
 

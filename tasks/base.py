@@ -155,7 +155,10 @@ class BaseTask(LightningModule):
     def _finish(self, split: str) -> None:
         if self.trainer.sanity_checking:  # two batches say nothing about a split
             return
-        numbers = self.metrics[split].compute()
+        metric = self.metrics[split]
+        # A run cut short on purpose is judged on what it saw; otherwise the metric insists on the whole split.
+        limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
+        numbers = metric.compute(None if limit == 1.0 else metric.reported)
         self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
 
     # Optimization.

@@ -1,5 +1,6 @@
 """What a run leaves behind to read: metrics.jsonl, summary.json, and a copy of both in Weights & Biases."""
 
+import errno
 import json
 import math
 import os
@@ -61,13 +62,14 @@ class JsonlLogger(Logger):
         """
         values = dict(metrics)
         line = {"step": step, "epoch": values.pop("epoch", None), "time": round(time.time(), 3), **values}
-        text = json.dumps(plain(line), allow_nan=False) + "\n"
+        data = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
                 mend(self.path, self._file)
-            os.write(self._file, text.encode())
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as fault:
             raise UsageError(f"{self.path}: cannot be written: {fault.strerror}") from fault
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -73,9 +73,9 @@ class CocoAP:
             )
         self._evaluate = ENGINES[_available(engine)]
         self._sigmas = None if keypoint_sigmas is None else list(keypoint_sigmas)
-        header = _read_header(self.annotations)
         if "keypoints" in self.iou_types:
-            _check_sigmas(self.annotations, header.categories, self._sigmas)
+            _check_sigmas(self.annotations, 17 if self._sigmas is None else len(self._sigmas))
+        header = _read(self.annotations, _Header)
         self._image_ids = {int(image.id) for image in header.images}
         self._classes = {int(c.id): c.name for c in sorted(header.categories, key=lambda c: c.id)}
         self._categories = np.array([0, *self._classes])  # label -> category id; 0 is background
@@ -304,7 +304,9 @@ def _present(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.mean(v[v > -1])) for name, v in values.items() if (v > -1).any()}
 
 
-# The header of an annotation file, and checks.
+# What is read of an annotation file here, and checks.
+
+T = TypeVar("T")
 
 
 class _Image(msgspec.Struct):
@@ -314,7 +316,6 @@ class _Image(msgspec.Struct):
 class _Category(msgspec.Struct):
     id: int | float
     name: str
-    keypoints: list[str] = []
 
 
 class _Header(msgspec.Struct):
@@ -322,22 +323,30 @@ class _Header(msgspec.Struct):
     categories: list[_Category]
 
 
-def _read_header(path: Path) -> _Header:
+class _Pose(msgspec.Struct):
+    keypoints: list[float] | None = None
+
+
+class _Poses(msgspec.Struct):
+    annotations: list[_Pose] = []
+
+
+def _read(path: Path, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Header)
+        return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as fault:
         raise UsageError(f"{path}: {fault.strerror}; give a COCO annotation file") from fault
     except msgspec.DecodeError as fault:
         raise UsageError(f"{path}: {fault}; give a COCO annotation file") from fault
 
 
-def _check_sigmas(path: Path, categories: list[_Category], sigmas: list[float] | None) -> None:
-    given = 17 if sigmas is None else len(sigmas)
-    for category in categories:
-        if category.keypoints and len(category.keypoints) != given:
+def _check_sigmas(path: Path, sigmas: int) -> None:
+    """With the wrong number of sigmas pycocotools fails obscurely and hotcoco gives a wrong number."""
+    for i, pose in enumerate(_read(path, _Poses).annotations):
+        if pose.keypoints and len(pose.keypoints) != 3 * sigmas:
             raise UsageError(
-                f"{path}: category {category.name!r} has {len(category.keypoints)} keypoints and there are "
-                f"{given} sigmas; give keypoint_sigmas, one for each keypoint"
+                f"{path}: annotations[{i}] has {len(pose.keypoints) / 3:g} keypoints and there are {sigmas} "
+                "sigmas; give keypoint_sigmas, one for each keypoint"
             )
 
 

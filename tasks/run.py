@@ -27,6 +27,7 @@ from tasks.folder import open_folder, resumed
 from tasks.loggers import git_state, versions, wandb_logger, without_secrets, write_summary
 
 STAGES = ("check", "fit", "validate", "test")
+HAND_OVER = ("weights", "freeze_at", "freeze_norms")  # of `backbone`, what is not an argument of the body
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -68,7 +69,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     }
     if "check" in stages:
         report = check_dataset(
-            {split: data.dataset(split, training=split == "train") for split in data.splits},
+            {split: data.dataset(split) for split in data.splits},
             folder,
             data.num_workers,
         )
@@ -134,14 +135,14 @@ def build_task(cfg: DictConfig, data: CocoData) -> BaseTask:
 
 def build_body(cfg: DictConfig, data: CocoData) -> nn.Module:
     """The body with its weights; by default pretrained norms and early stages stay as they are, random ones learn."""
-    settings = cfg.backbone.copy()
-    weights, freeze_at, frozen_norms = (settings.pop(k) for k in ("weights", "freeze_at", "freeze_norms"))
+    weights, freeze_at, frozen_norms = (cfg.backbone[key] for key in HAND_OVER)
     if weights is None and cfg.resume is None and cfg.ckpt_path is None and (freeze_at or frozen_norms):
         raise UsageError(
             f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers as they "
             "are: give backbone.weights=SOURCE, or leave them out"
         )
-    body = build(OmegaConf.create({"backbone": settings}), "backbone")
+    arguments = {key: value for key, value in cfg.backbone.items() if key not in HAND_OVER}
+    body = build(OmegaConf.create({"backbone": arguments}), "backbone")
     if weights is not None:
         say(load_weights(body, weights))
     if frozen_norms if frozen_norms is not None else weights is not None:

@@ -15,3 +15,13 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real data: {REAL_DATA} does not exist (set REAL_DATA)")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command line's words for a handful of the embedded dataset's images."""
+    from tasks.data.shapes import write_shapes
+
+    images = {"train": 16, "val": 6, "test": 5}
+    root = write_shapes(tmp_path_factory.mktemp("data") / "shapes", **images)
+    return [f"data.root={root}", "data.images={train: 16, val: 6, test: 5}"]

@@ -127,7 +127,7 @@ def test_at_least_three_in_ten_are_partly_covered_and_none_mostly(coco):
             assert (seen & ~outline).sum() <= rim
             shown.append((seen & outline).sum() / outline.sum())
     assert np.mean(np.array(shown) < 0.93) >= 0.3
-    assert min(shown) > 0.25
+    assert min(shown) > 0.4
 
 
 def test_the_topmost_shape_is_seen_whole(coco):
@@ -157,12 +157,16 @@ def test_keypoints_are_the_extremes_and_know_what_hides_them(coco):
                 if v == 0:
                     assert (x, y) == (0, 0)
                     continue
-                above = any(coco.annToMask(a)[int(y), int(x)] for a in annotated[number + 1 :])
-                assert v == (1 if above else 2)
+                near = (slice(max(int(y) - 2, 0), int(y) + 3), slice(max(int(x) - 2, 0), int(x) + 3))
+                above = [coco.annToMask(a)[near] for a in annotated[number + 1 :]]
+                if v == 1:
+                    assert np.any(above)
+                else:
+                    assert not above or not np.all(np.any(above, axis=0))
             if (points[:, 2] == 2).all():
                 x, y, width, height = annotation["bbox"]
                 extremes = [points[0, 1], points[1, 0], points[2, 1], points[3, 0]]
-                np.testing.assert_allclose(extremes, [y, x + width, y + height, x], atol=1.6)
+                np.testing.assert_allclose(extremes, [y, x + width, y + height, x], atol=2.5)
     assert seen == {0, 1, 2}
 
 
@@ -303,6 +307,7 @@ def test_what_a_killed_write_left_is_removed_but_not_that_of_a_running_one(tmp_p
     assert running.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_end_with_one_whole_dataset(tmp_path):
     code = (
         "import sys; from pathlib import Path; from tasks.data.shapes import write_shapes;"
@@ -311,7 +316,7 @@ def test_two_processes_at_once_end_with_one_whole_dataset(tmp_path):
     root = tmp_path / "both"
     command = [sys.executable, "-c", code, str(root)]
     writers = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["both"]
     assert files(root) == files(write_shapes(tmp_path / "alone", train=60, val=2, test=2))
 

@@ -17,8 +17,8 @@ SMALLEST_VISIBLE = 1.0  # pixels of a side within the image, below which there i
 class Fault:
     """One kind of fault in one annotation file.
 
-    kind: what is wrong. action: what was done about it (`dropped`, `clipped`, `kept`, …). of: what it happened
-    to, `annotation` or `image`. count: how many there are. ids: those of the first `NAMED`.
+    kind: what is wrong. action: what was done about it (`dropped`, `clipped`, `kept`, …). of: what it
+    happened to, `annotation` or `image`. count: how many there are. ids: those of the first `NAMED`.
     """
 
     kind: str

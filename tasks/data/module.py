@@ -11,8 +11,8 @@ from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
 from tasks.data.coco import CocoAnnotations, CocoDataset, read_coco
-from tasks.data.shapes import write_shapes
 from tasks.data.samplers import EvalSampler, Item, TrainLoader, TrainSampler
+from tasks.data.shapes import write_shapes
 from tasks.data.transforms import Prepared, collate
 
 Split = str | Mapping[str, str]
@@ -72,7 +72,7 @@ class CocoData(LightningDataModule):
         self.reading = {"max_pixels": max_pixels, "bit_depth": bit_depth}
         self.cleaning = {"min_image_side": min_image_side, "max_drop_fraction": max_drop_fraction}
         self.worker_timeout = worker_timeout
-        self._annotations: dict[tuple[Path, Path], CocoAnnotations] = {}
+        self._annotations: dict[tuple[Path, Path, bool], CocoAnnotations] = {}
 
     # What is where.
 
@@ -93,11 +93,13 @@ class CocoData(LightningDataModule):
         return self.paths(split)[0]
 
     def annotations(self, split: str) -> CocoAnnotations:
-        """A split's annotations, read once."""
-        paths = self.paths(split)
-        if paths not in self._annotations:
-            self._annotations[paths] = read_coco(*paths)
-        return self._annotations[paths]
+        """A split's annotations, read once: for `train` what can be learned from, else as they are."""
+        paths, training = self.paths(split), split == "train"
+        key = (*paths, training)
+        if key not in self._annotations:
+            read = read_coco(*paths)
+            self._annotations[key] = read.clean(**self.cleaning) if training else read
+        return self._annotations[key]
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -124,7 +126,9 @@ class CocoData(LightningDataModule):
                     f"{self.annotation_file('train')}: {odd}; make both lists of (id, name) equal"
                 )
 
-    def dataset(self, split: str, training: bool) -> CocoDataset:
+    def dataset(self, split: str) -> CocoDataset:
+        """A split's images with their objects, decoded and not resized."""
+        training = split == "train"
         return CocoDataset(
             self.annotations(split), split, training=training, target=self.target, **self.reading
         )
@@ -133,7 +137,7 @@ class CocoData(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         dataset = Prepared(
-            self.dataset("train", training=True),
+            self.dataset("train"),
             self.image_size,
             jitter=self.jitter,
             augment=list(self.augment.values()),
@@ -154,7 +158,7 @@ class CocoData(LightningDataModule):
     def _evaluation(self, split: str) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
-        dataset = Prepared(self.dataset(split, training=False), self.image_size)
+        dataset = Prepared(self.dataset(split), self.image_size)
         sampler = EvalSampler(len(dataset), trainer.global_rank, trainer.world_size)
         return DataLoader(dataset, sampler=sampler, **self._loading())
 
@@ -188,7 +192,16 @@ def _workers() -> int:
 
 
 class ShapesData(CocoData):
-    """The embedded dataset, written to `root` on first use (`tasks.data.shapes`)."""
+    """The embedded dataset, written to `root` on first use (`tasks.data.shapes`).
+
+    Args:
+        images: how many each split has.
+        Otherwise those of `CocoData`.
+    """
+
+    def __init__(self, root: str, images: Mapping[str, int], **settings: Any) -> None:
+        super().__init__(root, **settings)
+        self.images = dict(images)
 
     def prepare_data(self) -> None:
-        write_shapes(self.root)
+        write_shapes(self.root, **self.images)

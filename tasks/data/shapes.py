@@ -35,7 +35,7 @@ SPLITS = ("train", "val", "test")
 VERSION = 1  # raised whenever the same seed gives other files
 MIN_SIDE, MAX_SIDE = 8, 96  # pixels, longer side of an object's box
 MIN_IMAGE_SIZE = 32  # pixels; in less there is no room for shapes on one another
-MIN_VISIBLE = 0.3  # share of a shape that stays in sight, of its whole area
+MIN_VISIBLE = 0.5  # share of a shape that stays in sight, of its whole area
 SUPERSAMPLING = 4
 STALE_SECONDS = 3600  # a write takes seconds, so what is older was left by one that was killed
 
@@ -131,19 +131,21 @@ def _blotches(rng: Generator, height: int, width: int, cells: int) -> NDArray[np
 
 def _fill(rng: Generator, height: int, width: int) -> NDArray[np.float32]:
     """The pattern of one shape, in −1…1."""
-    match rng.integers(6):
-        case 0:
-            return np.zeros((height, width), dtype=np.float32)
-        case 1:
+    match rng.choice(
+        ("plain", "ramp", "stripes", "checks", "blotches", "grain"), p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1)
+    ):
+        case "ramp":
             return _ramp(rng, height, width)
-        case 2:
+        case "stripes":
             return np.sign(_wave(rng, height, width, (5, 14)))
-        case 3:
+        case "checks":
             return np.sign(_wave(rng, height, width, (8, 18)) * _wave(rng, height, width, (8, 18)))
-        case 4:
+        case "blotches":
             return _blotches(rng, height, width, 6)
-        case _:
+        case "grain":
             return rng.uniform(-1, 1, (height, width)).astype(np.float32)
+        case _:
+            return np.zeros((height, width), dtype=np.float32)
 
 
 def _background(rng: Generator, size: int) -> NDArray[np.float32]:
@@ -152,13 +154,13 @@ def _background(rng: Generator, size: int) -> NDArray[np.float32]:
     def tint(strength: float) -> NDArray[np.float32]:
         return rng.uniform(-strength, strength, (3, 1, 1)).astype(np.float32)
 
-    ground = _ramp(rng, size, size) * tint(35)
+    ground = _ramp(rng, size, size) * tint(28)
     ground += np.float32(rng.uniform(60, 195)) + tint(45)
-    ground += _blotches(rng, size, size, int(rng.integers(3, 7))) * tint(25)
-    ground += _blotches(rng, size, size, max(size // 6, 2)) * tint(14)
+    ground += _blotches(rng, size, size, int(rng.integers(3, 7))) * tint(18)
+    ground += _blotches(rng, size, size, max(size // 6, 2)) * tint(10)
     if rng.random() < 0.5:
-        ground += _wave(rng, size, size, (6, 30)) * tint(16)
-    grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(2, 9))
+        ground += _wave(rng, size, size, (6, 30)) * tint(12)
+    grain = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(2, 7))
     ground += _strokes(rng, size) + grain
     return np.clip(ground, 0, 255, out=ground)
 
@@ -169,7 +171,7 @@ def _strokes(rng: Generator, size: int) -> NDArray[np.float32]:
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(4, 14)):
         x0, y0, x1, y1 = (rng.uniform(-0.2, 1.2, 4) * size).tolist()
-        shade, width = int(128 + rng.uniform(-28, 28)), int(rng.integers(1, 4))
+        shade, width = int(128 + rng.uniform(-24, 24)), int(rng.integers(1, 4))
         if rng.random() < 0.6:
             pen.line([(x0, y0), (x1, y1)], fill=shade, width=width)
         else:
@@ -181,7 +183,7 @@ def _strokes(rng: Generator, size: int) -> NDArray[np.float32]:
 
 def _colour(rng: Generator, ground: NDArray[np.float32]) -> NDArray[np.float32]:
     """A random colour [3, 1, 1] that stands out from `ground` [3, h, w]; one in eight only a little."""
-    distance = 55 if rng.random() < 1 / 8 else 95
+    distance = 75 if rng.random() < 1 / 8 else 120
     candidates = rng.uniform(0, 255, (16, 3)).astype(np.float32)
     apart = np.linalg.norm(candidates - ground.mean(axis=(1, 2)), axis=1)
     far_enough = np.flatnonzero(apart >= distance)
@@ -227,7 +229,7 @@ def _rasterise(loops: list[Loop], size: int, rim: bool = False) -> _Patch:
 def _paint(rng: Generator, image: NDArray[np.float32], loops: list[Loop], patch: _Patch) -> None:
     """Draw one shape into `image` [3, H, W] in place, with a random colour and texture, half with a rim."""
     region = image[:, *patch.window]
-    swing = (rng.uniform(15, 45, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
+    swing = (rng.uniform(10, 32, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
     paint = _colour(rng, region) + _fill(rng, *patch.coverage.shape) * swing
     if rng.random() < 0.5:
         rim = _rasterise(loops, image.shape[1], rim=True).coverage * np.float32(rng.uniform(0.3, 0.8))
@@ -293,7 +295,7 @@ def scene(seed: int, split: str, index: int, image_size: int = 128) -> Scene:
 
 
 def _random_side(rng: Generator, size: int) -> float:
-    low, mode, high = np.log([MIN_SIDE + 1, 32, MAX_SIDE - 2])
+    low, mode, high = np.log([MIN_SIDE + 1, 40, MAX_SIDE - 2])
     return min(float(np.exp(rng.triangular(low, mode, high))), 0.75 * size)
 
 
@@ -341,12 +343,14 @@ def polygons(mask: NDArray[np.bool_]) -> list[list[int]]:
     """
     loops = _boundaries(mask)
     outlines = [loop for loop in loops if _signed_area(loop) > 0]
+    joined = [list(loop) for loop in outlines]
     for hole in (loop for loop in loops if _signed_area(loop) < 0):
-        around = min((o for o in outlines if _encloses(o, min(hole))), key=_signed_area)
+        homes = (i for i, outline in enumerate(outlines) if _encloses(outline, min(hole)))
+        around = joined[min(homes, key=lambda i: _signed_area(outlines[i]))]
         apart = np.abs(np.array(around)[:, None] - np.array(hole)).sum(axis=2)
         i, j = divmod(int(apart.argmin()), len(hole))
         around[i + 1 : i + 1] = [*hole[j:], *hole[: j + 1], around[i]]
-    return [[v for corner in loop for v in corner] for loop in outlines]
+    return [[v for corner in loop for v in corner] for loop in joined]
 
 
 def _boundaries(mask: NDArray[np.bool_]) -> list[list[Corner]]:
@@ -398,15 +402,19 @@ def _keypoints(shape: Shape, above: NDArray[np.bool_]) -> list[float]:
 
     The extremes are those in the picture (its top is up), since turned shapes have no top of their own.
     """
-    outline, result = shape.loops[0], []
-    x, y = outline.T
-    extremes = (y.argmin(), x.argmax(), y.argmax(), x.argmin())
-    for px, py in [*(outline[i] for i in extremes), shape.centre]:
-        px, py = round(float(px), 1), round(float(py), 1)
-        if 0 <= px < above.shape[1] and 0 <= py < above.shape[0]:
-            result += [px, py, 1 if above[int(py), int(px)] else 2]
-        else:
-            result += [0, 0, 0]
+    x, y = shape.loops[0].T
+    extremes = [shape.loops[0][i] for i in (y.argmin(), x.argmax(), y.argmax(), x.argmin())]
+    result = []
+    for point in [*extremes, shape.centre]:
+        if not all(0 <= v < len(above) for v in np.round(point, 1)):
+            result += [0.0, 0.0, 0]
+            continue
+        # an extreme lies on the edge: whether it is hidden shows a little further in
+        inwards = shape.centre - point
+        column, row = (point + inwards * min(1.0, 1.5 / max(float(np.linalg.norm(inwards)), 1e-9))).astype(
+            int
+        )
+        result += [*np.round(point, 1).tolist(), 1 if above[row, column] else 2]
     return result
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from tasks.data.coco import CocoDataset
 from tasks.data.samplers import Item, mix
 
 Target = dict[str, Any]
@@ -75,7 +76,7 @@ class Prepared(Dataset):
     """A dataset made ready for the network: resized once, augmented, cleaned.
 
     Args:
-        dataset: gives (image uint8 [3, H, W], target) for an index.
+        dataset: gives images and targets by `load` (see `CocoDataset`).
         size: shorter side, longest allowed longer side, in pixels.
         jitter: the range of a random factor on `size`, (1, 1) for none.
         augment: transforms of torchvision's v2 in their order; empty for evaluation.
@@ -84,7 +85,7 @@ class Prepared(Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: CocoDataset,
         size: tuple[int, int],
         *,
         jitter: tuple[float, float] = (1.0, 1.0),
@@ -96,23 +97,24 @@ class Prepared(Dataset):
         self.augment, self.clean = list(augment), Clean()
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, item: Item | int) -> tuple[Tensor, Target]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        image, target = self.dataset[index]
         if not self.training:
-            return self._resize(image, target, factor=1.0)
+            return self._resized(index, factor=1.0)
         with seeded(mix(self.seed, epoch, index)):
             low, high = self.jitter
-            image, target = self._resize(image, target, low + (high - low) * float(torch.rand(())))
+            image, target = self._resized(index, low + (high - low) * float(torch.rand(())))
             for transform in self.augment:
                 image, target = transform(image, target)
             return self.clean(image, target)
 
-    def _resize(self, image: Tensor, target: Target, factor: float) -> tuple[Tensor, Target]:
+    def _resized(self, index: int, factor: float) -> tuple[Tensor, Target]:
         short, long = self.size
-        size = resized(*image.shape[-2:], round(short * factor), round(long * factor))
+        original = self.dataset.annotations.image_size(index)
+        size = resized(*original, round(short * factor), round(long * factor))
+        image, target = self.dataset.load(index, at_least=size)
         if tuple(image.shape[-2:]) == size:
             return image, target
         return v2.Resize(list(size), antialias=True)(image, target)

@@ -1,0 +1,172 @@
+"""An image file as a tensor: 8 bits, RGB, as the annotations see it. Decoded by Pillow.
+
+torchvision's own decoders are deprecated and have no limit on pixels: a file of 23 kB became half a gigabyte.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from resnext_backbones.errors import UsageError
+
+MAX_PIXELS = 100_000_000
+
+# Only these are tried: some of Pillow's other readers start programs (EPS) or are hardly ever tested.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")
+
+# The Exif standard's orientations (tag 274) and what undoes each
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TRANSPOSED = (5, 6, 7, 8)  # those that swap height and width
+_pillow_limit = threading.Lock()
+
+Size = tuple[int, int]
+
+
+def decode(
+    path: Path | str,
+    size_hw: Size | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    bit_depth: int | None = None,
+    at_least: Size | None = None,
+) -> Tensor:
+    """Decodes an image of one of `FORMATS` to uint8 [3, H, W], RGB, channels last in memory.
+
+    Palette, grey, CMYK and 1-bit images become RGB; of an alpha channel the colours are kept as they are and
+    the transparency is dropped, as Detectron2 and torchvision do. Of several frames the first one is taken.
+
+    Args:
+        path: the file.
+        size_hw: height and width the annotations were made for. The file's EXIF orientation is applied only
+            where it is what makes the sizes agree. Without it the image is turned as EXIF says.
+        max_pixels: an image with more is refused before it is decoded.
+        bit_depth: for images of more than 8 bits, the number of bits in use; 0…2**bit_depth - 1 becomes
+            0…255.
+        at_least: height and width the image will be resized to. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
+            size where each side stays at least twice that long; the result is then smaller than `size_hw`.
+
+    Raises:
+        UsageError: the file is missing, empty, damaged, no image, too large, of another size than `size_hw`,
+            or has more than 8 bits and no `bit_depth`.
+    """
+    path = Path(path)
+    try:
+        with _open(path, max_pixels) as image:
+            orientation = _orientation(path, image, size_hw)
+            if at_least is not None:
+                height, width = at_least[::-1] if orientation in _TRANSPOSED else at_least
+                image.draft(None, (2 * width, 2 * height))
+            rgb = _to_rgb(path, image, bit_depth)
+            if orientation in _TURNS:
+                rgb = rgb.transpose(_TURNS[orientation])
+    except UsageError:
+        raise
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such image file") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{path}: {_no_image(path)}") from None
+    # a damaged file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, …
+    except Exception as error:
+        raise UsageError(f"{path}: the image cannot be decoded ({error}); replace the file") from None
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+@contextmanager
+def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Reads the header; the pixels stay in the file."""
+    with _pillow_limit, warnings.catch_warnings():
+        # Pillow only warns up to twice its limit, and that limit is a global: ours is checked instead
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(path, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    with image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UsageError(
+                f"{path}: {height}×{width} are more than {max_pixels} pixels; make the image smaller, or "
+                "raise data.max_pixels if it is what you mean"
+            )
+        yield image
+
+
+def _orientation(path: Path, image: Image.Image, size_hw: Size | None) -> int:
+    """The EXIF orientation to undo so that the annotations fit; 1 for none."""
+    stored = (image.height, image.width)
+    if stored == size_hw:
+        return 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if size_hw is None or (stored[::-1] == tuple(size_hw) and orientation in _TRANSPOSED):
+        return orientation
+    raise UsageError(
+        f"{path}: the image has height×width {stored[0]}×{stored[1]} (EXIF orientation {orientation}), its "
+        f"annotations {size_hw[0]}×{size_hw[1]}; correct `height` and `width`, or restore the image"
+    )
+
+
+def _to_rgb(path: Path, image: Image.Image, bit_depth: int | None) -> Image.Image:
+    if _is_deep(image):
+        return _scaled(path, image, bit_depth)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # drops the transparency without Pillow's warning
+    return image.convert("RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a pixel has more than 8 bits; of colour images Pillow would only keep the upper 8."""
+    return image.mode.startswith(("I", "F")) or _is_deep_colour(image)
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    if image.format not in ("PNG", "TIFF") or image.mode.startswith(("I", "F")):
+        return False
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _scaled(path: Path, image: Image.Image, bit_depth: int | None) -> Image.Image:
+    if bit_depth is None:
+        raise UsageError(
+            f"{path}: its pixels have more than 8 bits (mode {image.mode}); say how many are in use: "
+            "data.bit_depth=16, or 12, …"
+        )
+    if _is_deep_colour(image):
+        if bit_depth != 16:
+            raise UsageError(f"{path}: colour images of 16 bits are only read with data.bit_depth=16")
+        return image.convert("RGB")
+    largest = 2**bit_depth - 1
+    values = np.asarray(image, dtype=np.float64)
+    if not (values.min() >= 0 and values.max() <= largest):
+        raise UsageError(
+            f"{path}: its values reach from {values.min():g} to {values.max():g}, data.bit_depth={bit_depth} "
+            f"allows 0 to {largest}; state the right depth"
+        )
+    return Image.fromarray(np.rint(values * (255 / largest)).astype(np.uint8)).convert("RGB")
+
+
+def _no_image(path: Path) -> str:
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if not begin:
+        return "the file is empty; replace it, or take the image out of the annotation file"
+    if begin.lstrip().startswith(b"<"):
+        return f"a web page, not an image (it begins with {begin[:20]!r}); download it again"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a pointer to a Git LFS object, not the image itself; run `git lfs pull`"
+    return f"no image of a known format ({', '.join(FORMATS)}); replace or convert the file"

@@ -1,0 +1,84 @@
+"""The command line as a person meets it: help, mistakes, their exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, "WANDB_MODE": "disabled", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_names_the_choices_and_imports_nothing_heavy():
+    code = "import runpy, sys; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\nfinally: print([m for m in ('torch', 'lightning', 'wandb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for word in ("task=detection", "resnext50_32x4d", "data.root", "resume=", "ckpt_path="):
+        assert word in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("task=detectoin", "did you mean detection?"),
+        ("backbone=resnext50_32x4", "resnext50_32x4d"),
+        ("tsk=detection", "did you mean task"),
+        ("trainer.devcies=2", "trainer.devices"),
+        ("trainer.max_epoch=2", "trainer.max_epochs"),
+        ("lr=0.1", "optimizer.lr"),
+        ("data.batchsize=2", "data.batch_size"),
+        ("trainer.max_epochs=ten", "a whole number is wanted"),
+        ("optimizer.lr=fast", "a number is wanted"),
+        ("data.augment=3", "a mapping is wanted"),
+        ("trainer.deterministic=2", "true or false is wanted"),
+        ("optimizer.lr=", "is wanted"),
+        ("optimizer.lr==3", "write key=value"),
+        ("detection", "write key=value"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_with_the_nearest_word(argument, wanted):
+    done = train(argument)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.py: ")
+    assert wanted in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["data=coco", "data.root=nowhere"], "nowhere"),
+        (["data=coco"], "data.root is not given"),
+        (["stages=[fi]"], "is not of check, fit, validate, test"),
+        (["resume=nowhere"], "nowhere/config.yaml"),
+        (["ckpt_path=nowhere.ckpt", "stages=validate"], "nowhere.ckpt"),
+        (["backbone.freeze_at=2"], "backbone.weights"),
+        (["backbone.weights=resnet5.pth"], "resnet5.pth"),
+        (["+model.colour=red"], "colour"),
+        (["backbone=custom"], "backbone._target_ is not given"),
+        (["backbone=custom", "backbone._target_=no.such.Net"], "no.such"),
+        (["run_id=../x"], "run_id=../x"),
+        (["trainer.precision=bf16-true"], "bf16-mixed"),
+        (["optimizer._target_=torch.optim.Nothing"], "torch.optim.Nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_in_one_line(arguments, wanted, tiny_shapes, tmp_path):
+    data = [] if "data=coco" in arguments else tiny_shapes
+    done = train(*arguments, *data, f"runs_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert wanted in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
