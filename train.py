@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach `guarded`, which prints them in one line
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from tasks.cli import check_types, end, guarded
@@ -20,7 +21,7 @@ CONFIGS = str(Path(__file__).resolve().parent / "configs")
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def main(cfg: DictConfig) -> None:
-    hydra_cfg = hydra.core.hydra_config.HydraConfig.get()
+    hydra_cfg = HydraConfig.get()
     overrides, choices = list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)
     check_types(cfg, overrides, choices, "train")
 
@@ -31,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     try:
         run(cfg, overrides, choices)
     except UsageError as error:
-        end(str(error))
+        end(str(error).splitlines()[-1].removeprefix("resnext_backbones.errors.UsageError: "))  # of a worker
     except Interrupted as stop:
         again = f"to go on: python train.py resume={stop.folder}"
         end(f"{stop}; the state is saved in {stop.saved}; {again}", stop.exit_code)

@@ -159,6 +159,9 @@ class ResNeXt(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+# The published networks; keyword arguments are `ResNeXt`'s: in_channels, num_classes, norm.
+
+
 def resnet18(**kwargs: Any) -> ResNeXt:
     return ResNeXt(BasicBlock, (2, 2, 2, 2), **kwargs)
 

@@ -43,15 +43,14 @@ class Recipe:
         return self.batch_size * self.devices * self.accumulate
 
     def __str__(self) -> str:
-        scaled = (
-            f" (given for batches of {self.reference_batch_size})" if self.reference_batch_size else ""
-        )
+        scaled = f" (given for batches of {self.reference_batch_size})" if self.reference_batch_size else ""
+        learned = self.decayed_parameters + self.undecayed_parameters
+        epochs = f" in {self.epochs} epochs" if self.epochs else ""
         return (
-            f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}, weight decay {self.weight_decay:g} "
-            f"on {self.decayed_parameters:,} of {self.decayed_parameters + self.undecayed_parameters:,} parameters "
+            f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}, "
+            f"weight decay {self.weight_decay:g} on {self.decayed_parameters:,} of {learned:,} parameters "
             f"({self.frozen_parameters:,} frozen); batch {self.global_batch} = {self.batch_size} a device × "
-            f"{self.devices} × {self.accumulate} accumulated; {self.total_steps:,} steps"
-            + (f" in {self.epochs} epochs" if self.epochs else "")
+            f"{self.devices} × {self.accumulate} accumulated; {self.total_steps:,} steps{epochs}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,7 +87,8 @@ class BaseTask(LightningModule):
         self._reference_batch_size = reference_batch_size
         self.metrics: dict[str, Any] = {}
         self.recipe: Recipe | None = None
-        self.record: dict[str, Any] = {}  # goes into every checkpoint: configuration, classes; plain containers
+        # What every checkpoint carries along: configuration and classes, in plain containers.
+        self.record: dict[str, Any] = {}
 
     # What a task fills in.
 
@@ -105,6 +105,15 @@ class BaseTask(LightningModule):
         raise NotImplementedError
 
     # Steps.
+
+    def on_fit_start(self) -> None:
+        self._start("val")  # a file that cannot be judged by is refused now, not after an epoch
+
+    def on_train_start(self) -> None:
+        assert self.recipe is not None
+        self.print(f"recipe: {self.recipe}")
+        for logger in self.loggers:
+            logger.log_hyperparams({"recipe": self.recipe.as_dict()})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(mix(self.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -124,7 +133,7 @@ class BaseTask(LightningModule):
         fine = ", ".join(f"{k} = {v.item():.4g}" for k, v in losses.items() if math.isfinite(v.item()))
         return (
             f"{bad or 'the sum of the losses is not finite'} at step {self.global_step} of epoch "
-            f"{self.current_epoch} on images {batch.image_ids.tolist()} ({fine or 'no other loss is finite'}). "
+            f"{self.current_epoch} on images {batch.image_ids.tolist()} ({fine or 'none is finite'}). "
             "The run stops before the optimizer's step; no checkpoint was overwritten. "
             "A lower optimizer.lr, a longer scheduler.warmup or trainer.precision=32-true often helps."
         )
@@ -156,7 +165,7 @@ class BaseTask(LightningModule):
         if self.trainer.sanity_checking:  # two batches say nothing about a split
             return
         metric = self.metrics[split]
-        # A run cut short on purpose is judged on what it saw; otherwise the metric insists on the whole split.
+        # A run cut short on purpose is judged on what it saw; otherwise the metric wants the whole split.
         limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
         numbers = metric.compute(None if limit == 1.0 else metric.reported)
         self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
@@ -192,6 +201,21 @@ class BaseTask(LightningModule):
             frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
         )
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm also for fused optimizers, which Lightning refuses under any mixed precision.
+
+        Only float16's loss scaler gives it a reason to; there its own, clear refusal stands.
+        """
+        if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     # Checkpoints hold plain containers only.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -201,8 +225,8 @@ class BaseTask(LightningModule):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: with weight decay, and norms and biases without it.
 
-    A norm's scale and every bias have one dimension, a weight has at least two; decaying them only costs accuracy (He et
-    al., arXiv 1812.01187, §3.1).
+    A norm's scale and every bias have one dimension, a weight has at least two; decaying them only costs
+    accuracy (He et al., arXiv 1812.01187, §3.1).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [

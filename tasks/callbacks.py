@@ -12,7 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from tasks.data.transforms import DetectionBatch
@@ -23,8 +31,8 @@ from tasks.pictures import contact_sheet, draw, save_png, side_by_side
 class ProgressBar(LightningProgressBar):
     """One bar over the whole fit with losses, the metric and the time left, and one line an epoch.
 
-    `monitor` is the metric's name. Where there is no terminal (a pipe, a scheduler's log), lines replace the bar: one an epoch, and one every
-    `every_seconds` in between.
+    `monitor` is the metric's name. Where there is no terminal (a pipe, a scheduler's log), lines replace the
+    bar: one an epoch, and one every `every_seconds` in between.
     """
 
     def __init__(self, monitor: str = "", every_seconds: float = 30.0) -> None:
@@ -44,6 +52,13 @@ class ProgressBar(LightningProgressBar):
 
     def disable(self) -> None:  # Lightning calls this on every rank but the first
         self._enabled = False
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        self._print(" ".join(map(str, args)))
 
     # Training.
 
@@ -68,7 +83,9 @@ class ProgressBar(LightningProgressBar):
         self._advance(text)
 
     def _describe(self, trainer: Trainer) -> str:
-        parts = [f"{name.removeprefix('train/').removeprefix('loss_')} {v:.3f}" for name, v in self._losses.items()]
+        parts = [
+            f"{name.removeprefix('train/').removeprefix('loss_')} {v:.3f}" for name, v in self._losses.items()
+        ]
         if self.monitor in trainer.callback_metrics:
             parts.append(f"{self.monitor} {float(trainer.callback_metrics[self.monitor]):.3f}")
         return "  ".join(parts)
@@ -76,7 +93,8 @@ class ProgressBar(LightningProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled:
             seconds = time.monotonic() - self._began
-            self._print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._describe(trainer)}  {seconds:.0f} s")
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._print(f"{epoch}  {self._describe(trainer)}  {seconds:.0f} s")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -88,7 +106,13 @@ class ProgressBar(LightningProgressBar):
             self._open(int(sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit":
             self._advance("validate")
@@ -104,7 +128,13 @@ class ProgressBar(LightningProgressBar):
         self._open(int(sum(trainer.num_test_batches)))
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._advance("test")
 
@@ -166,7 +196,13 @@ class Pictures(Callback):
         self._kept: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._keep(trainer, batch, outputs)
 
@@ -207,7 +243,7 @@ class Pictures(Callback):
         name = f"{split}_epoch{trainer.current_epoch + 1:03d}.png" if split == "val" else f"{split}.png"
         save_png(contact_sheet(pairs, columns=2), self.folder / name)
         for logger in trainer.loggers:
-            log_boxes(logger, trainer.global_step, f"{split}/pictures", kept, names)
+            log_boxes(logger, trainer.global_step, f"{split}/pictures", kept, dict(enumerate(names, start=1)))
 
 
 class Interrupted(Exception):
@@ -260,7 +296,9 @@ class StopOnSignal(Callback):
             trainer.save_checkpoint(self.checkpoint)
             raise Interrupted(self._received, self.checkpoint)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """A validation that was broken off starts anew on resume; Lightning would run only its rest."""
         if trainer.validating and trainer.state.fn == "fit":
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from resnext_backbones.errors import UsageError
@@ -107,6 +108,18 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def teardown(self) -> None:
         """Nothing is held between two calls."""
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's callback, which also finds its best checkpoint again where a run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return os.path.join(self.dirpath or "", os.path.basename(path)) if path else path
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        moved = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
+        super().load_state_dict({**state_dict, **moved, "best_k_models": best, "dirpath": self.dirpath})
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:

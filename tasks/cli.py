@@ -6,13 +6,12 @@ Imports nothing heavy: it is loaded before the configuration is composed.
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.initialize import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -53,12 +52,13 @@ def explain(error: Exception, arguments: list[str], config_dir: str, config_name
     return text
 
 
-def check_types(cfg: DictConfig, overrides: Iterable[str], groups: Iterable[str], config_name: str) -> None:
+def check_types(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str], config_name: str) -> None:
     """Ends the program if an overridden value is of another kind than the default it replaces."""
-    values = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if o.key_or_group not in groups]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = [override for override in parsed if override.key_or_group not in groups]
     if not values:
         return
-    chosen = [o.input_line for o in _parse(overrides) if o.key_or_group in groups]
+    chosen = [o for o, override in zip(overrides, parsed, strict=True) if override.key_or_group in groups]
     defaults = compose(config_name, overrides=chosen)
     for override in values:
         key = override.key_or_group
@@ -86,10 +86,6 @@ def _mismatch(default: Any, value: Any) -> str | None:
     return None
 
 
-def _parse(arguments: Iterable[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(arguments))
-
-
 def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictConfig:
     """The configuration with the groups that were asked for, as far as they exist, and no other override."""
     GlobalHydra.instance().clear()
@@ -106,7 +102,7 @@ def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictCon
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
+    for key in map(str, config):
         name = f"{prefix}{key}"
         yield name
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from resnext_backbones.errors import UsageError
-from tasks.loggers import without_secrets
+from tasks.provenance import without_secrets
 
 CONFIG = "config.yaml"
 
@@ -40,7 +40,7 @@ def open_folder(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
 
 
 def save_config(cfg: DictConfig, folder: Path) -> None:
-    """Writes the configuration without secrets as the run's `config.yaml`; its paths still refer to `run_dir`."""
+    """Writes the configuration, without secrets, as `config.yaml`; its paths still refer to `run_dir`."""
     plain = without_secrets(OmegaConf.to_container(cfg, resolve=False))
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 

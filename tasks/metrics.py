@@ -5,8 +5,6 @@ of them runs one evaluation over the whole split; so neither the number of proce
 of batches changes a number.
 """
 
-import contextlib
-import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ import torch.distributed as dist
 
 from resnext_backbones.errors import UsageError
 from tasks.checkpoint import replacing
+from tasks.coco_engines import ENGINES, available
 
 PREFIX = {"bbox": "", "segm": "mask_", "keypoints": "keypoint_"}  # of a metric's name
 FIELD = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # in COCO's results format
@@ -71,7 +70,7 @@ class CocoAP:
             raise UsageError(
                 f"{iou_types}, {engine!r}: iou types are {list(PREFIX)}, engines {list(ENGINES)}"
             )
-        self._evaluate = ENGINES[_available(engine)]
+        self._evaluate = ENGINES[available(engine)]
         self._sigmas = None if keypoint_sigmas is None else list(keypoint_sigmas)
         if "keypoints" in self.iou_types:
             _check_sigmas(self.annotations, 17 if self._sigmas is None else len(self._sigmas))
@@ -218,68 +217,6 @@ class CocoAP:
                 file.write(b"[")
                 file.writelines((",\n" * (i > 0) + image).encode() for i, image in enumerate(images))
                 file.write(b"]")
-
-
-# The engines' seam: detections in, COCO's precision [T, R, K, A, M] and recall [T, K, A, M] out, in which −1
-# marks what the split has no ground truth for.
-
-
-def _available(engine: str) -> str:
-    if engine == "hotcoco":
-        try:
-            import hotcoco  # noqa: F401
-        except ImportError as fault:
-            warnings.warn(f"pycocotools computes AP, the same but more slowly: {fault}", stacklevel=3)
-            return "pycocotools"
-    return engine
-
-
-def _evaluate_hotcoco(
-    annotations: Path, detections: Any, iou_type: str, image_ids: list[int], sigmas: list[float] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    from hotcoco import COCO, COCOeval
-
-    try:
-        truth = COCO(annotations)
-    except ValueError as fault:
-        raise UsageError(str(fault)) from fault
-    return _run(COCOeval(truth, truth.load_res(detections), iou_type), image_ids, sigmas)
-
-
-def _evaluate_pycocotools(
-    annotations: Path, detections: Any, iou_type: str, image_ids: list[int], sigmas: list[float] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    dataset = {"info": {}} | json.loads(annotations.read_bytes())
-    for number, annotation in enumerate(dataset.setdefault("annotations", []), start=1):
-        annotation["id"] = number  # a detection matched to an annotation with id 0 would count as unmatched
-        annotation.setdefault("iscrowd", 0)
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-        if "keypoints" in annotation:
-            annotation.setdefault("num_keypoints", sum(v > 0 for v in annotation["keypoints"][2::3]))
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
-        truth.dataset, found.dataset = dataset, dataset | {"annotations": []}
-        truth.createIndex()
-        found.createIndex()
-        if len(detections):  # loadRes fails on none
-            found = truth.loadRes(detections)
-        return _run(COCOeval(truth, found, iou_type), image_ids, sigmas)
-
-
-def _run(judge: Any, image_ids: list[int], sigmas: list[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    judge.params.imgIds = image_ids
-    if sigmas is not None:
-        judge.params.kpt_oks_sigmas = np.array(sigmas)
-    judge.evaluate()
-    judge.accumulate()
-    return judge.eval["precision"], judge.eval["recall"]
-
-
-ENGINES = {"hotcoco": _evaluate_hotcoco, "pycocotools": _evaluate_pycocotools}
 
 
 def _numbers(iou_type: str, precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:

@@ -29,7 +29,9 @@ PACKAGES = (
     "pycocotools",
     "wandb",
 )
-SECRET = re.compile(r"token(?!i)|secret|passw|passphrase|api[-_]?key|access[-_]?key|credential", re.I)
+SECRET_NAME = r"(?:token(?!i)|secret|passw|passphrase|api[-_]?key|access[-_]?key|credential)"
+SECRET = re.compile(SECRET_NAME, re.I)
+SECRET_IN_COMMAND = re.compile(rf"""([\w.+-]*{SECRET_NAME}[\w.-]*=)(?:"[^"]*"|'[^']*'|\S+)""", re.I)
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 REDACTED = "<redacted>"
 
@@ -77,7 +79,7 @@ def without_secrets(config: Any) -> Any:
     """A copy of `config` in plain containers, references resolved, fit for files and for W&B.
 
     The value of every key that speaks of a token, a secret, a password, a credential or an API key becomes
-    `<redacted>`, and so do user names and passwords inside URLs.
+    `<redacted>`, and so do such values in a command line, and user names and passwords inside URLs.
     """
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
@@ -88,7 +90,9 @@ def without_secrets(config: Any) -> Any:
         }
     if isinstance(config, list | tuple):
         return [without_secrets(entry) for entry in config]
-    return USER_IN_URL.sub(REDACTED, config) if isinstance(config, str) else config
+    if isinstance(config, str):
+        return SECRET_IN_COMMAND.sub(rf"\1{REDACTED}", USER_IN_URL.sub(REDACTED, config))
+    return config
 
 
 def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from resnext_backbones import FPN, FeatureSpec
-from resnext_backbones.features import Backbone
 
 # ImageNet's mean and standard deviation of RGB in 0…255, which published weights were trained with.
 MEAN = (123.675, 116.28, 103.53)
@@ -24,12 +23,12 @@ class StridedAnchors(AnchorGenerator):
     """Anchors centred on each cell of each level, in float32 whatever the features' precision.
 
     torchvision infers a level's stride from the sizes of image and feature map, which is wrong for sizes
-    that the stride does not divide, and makes anchors in the features' dtype, which under bf16 misplaces them by
-    pixels. Here strides are the declared ones.
+    that the stride does not divide, and makes anchors in the features' dtype, which under bf16 misplaces them
+    by pixels. Here strides are the declared ones.
 
     Args:
         strides: pixels between cells, a level.
-        scales: anchor sides (of the square anchor) as multiples of the stride. FPN (arXiv 1612.03144, §4.1): 8.
+        scales: sides of the square anchors as multiples of the stride; 8 in FPN (arXiv 1612.03144, §4.1).
         aspect_ratios: height ÷ width.
     """
 
@@ -119,7 +118,7 @@ class RCNN(nn.Module):
 
 
 def faster_rcnn(
-    body: Backbone,
+    body: nn.Module,
     num_classes: int,
     *,
     fpn_channels: int = 256,
@@ -143,7 +142,7 @@ def faster_rcnn(
         fpn_channels: channels of p2…p6.
         anchor_scales, aspect_ratios: see `StridedAnchors`.
         rpn_batch: anchors an image the proposal network's loss is computed on.
-        proposals_train, proposals_test: boxes an image and level kept before, and an image after, suppression.
+        proposals_train, proposals_test: boxes kept a level before suppression, and an image after it.
         roi_batch: proposals an image the box head's loss is computed on.
         roi_canonical_size: side in pixels of the region that is pooled from p4 (FPN, equation 1).
         head_channels: width of the box head's two layers.
@@ -181,7 +180,9 @@ def faster_rcnn(
     return RCNN(backbone, rpn, roi_heads)
 
 
-def roi_align(features: Mapping[str, FeatureSpec], output_size: int, canonical_size: int) -> MultiScaleRoIAlign:
+def roi_align(
+    features: Mapping[str, FeatureSpec], output_size: int, canonical_size: int
+) -> MultiScaleRoIAlign:
     """RoIAlign over several levels by their declared strides (FPN, equation 1), none of them inferred."""
     pool = MultiScaleRoIAlign(list(features), output_size, sampling_ratio=2, canonical_scale=canonical_size)
     strides = [spec.stride for spec in features.values()]

@@ -1,6 +1,8 @@
 """One run: what its configuration names is built, its stages follow one another, its results are kept."""
 
+import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,19 @@ from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
 from tasks.data.check import check_dataset, start_report
 from tasks.data.module import CocoData
 from tasks.folder import open_folder, resumed
-from tasks.loggers import git_state, versions, wandb_logger, without_secrets, write_summary
+from tasks.loggers import WandbLogger, wandb_logger
+from tasks.provenance import git_state, versions, without_secrets, write_summary
 
 STAGES = ("check", "fit", "validate", "test")
 HAND_OVER = ("weights", "freeze_at", "freeze_norms")  # of `backbone`, what is not an argument of the body
 console = Console(highlight=False, soft_wrap=True)
+
+
+def hush() -> None:
+    """Lightning's remarks on settings that are as they should be drown what a user has to read."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning, with torch 2.15
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # on two cores one is right
 
 
 @rank_zero_only
@@ -50,6 +60,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
         DivergedError: a loss was not finite.
     """
     began = time.time()
+    hush()
     if cfg.resume is not None:
         cfg = resumed(cfg, overrides, say)
     stages = wanted(cfg)
@@ -61,7 +72,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     folder = Path(cfg.run_dir) if cfg.resume is not None else open_folder(cfg, choices)
 
     summary: dict[str, Any] = {
-        "command": " ".join(["python train.py", *overrides]),
+        "command": without_secrets(" ".join(["python train.py", *overrides])),
         **{group: choices[group] for group in ("task", "model", "backbone", "data")},
         "seed": cfg.seed,
         "versions": versions(),
@@ -78,12 +89,13 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
         task = build_task(cfg, data)
         trainer = build_trainer(cfg, choices, folder, summary)
         try:
-            results = {}
+            results: dict[str, float] = {}
             for stage in filter(STAGE.get, stages):
                 results |= STAGE[stage](cfg, trainer, task, data, folder)
-        finally:
-            for logger in trainer.loggers:
-                logger.finalize("success")
+        except BaseException:
+            end_tracking(trainer.loggers, failed=True)
+            raise
+        end_tracking(trainer.loggers, failed=False)
         summary |= {"recipe": task.recipe and task.recipe.as_dict(), "results": results}
         say(table(results, task))
     write_summary(folder, {**summary, "seconds": round(time.time() - began, 1)})
@@ -134,12 +146,12 @@ def build_task(cfg: DictConfig, data: CocoData) -> BaseTask:
 
 
 def build_body(cfg: DictConfig, data: CocoData) -> nn.Module:
-    """The body with its weights; by default pretrained norms and early stages stay as they are, random ones learn."""
+    """The body with its weights; early stages and norms stay as they are by default if pretrained."""
     weights, freeze_at, frozen_norms = (cfg.backbone[key] for key in HAND_OVER)
     if weights is None and cfg.resume is None and cfg.ckpt_path is None and (freeze_at or frozen_norms):
         raise UsageError(
-            f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers as they "
-            "are: give backbone.weights=SOURCE, or leave them out"
+            f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers "
+            "as they are: give backbone.weights=SOURCE, or leave them out"
         )
     arguments = {key: value for key, value in cfg.backbone.items() if key not in HAND_OVER}
     body = build(OmegaConf.create({"backbone": arguments}), "backbone")
@@ -187,6 +199,13 @@ def build_loggers(
     return loggers + ([wandb] if wandb else [])
 
 
+def end_tracking(loggers: Sequence[Logger], failed: bool) -> None:
+    """A W&B run lasts over all stages, so it is ended here."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.close(failed)
+
+
 def precision(asked: str) -> str:
     """`auto` becomes bf16-mixed where the hardware computes in bfloat16, 32-true elsewhere."""
     if str(asked).endswith("-true") and not str(asked).startswith(("32", "64")):
@@ -212,8 +231,12 @@ def fit(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folde
     return {} if score is None else {f"best {best.monitor}": float(score)}  # type: ignore[union-attr]
 
 
-def validate(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
-    (numbers,) = trainer.validate(task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False)
+def validate(
+    cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path
+) -> dict[str, float]:
+    (numbers,) = trainer.validate(
+        task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False
+    )
     task.metrics["val"].save(folder, "val")
     return dict(numbers)
 
@@ -221,7 +244,8 @@ def validate(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, 
 def test(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
     if data.test_is_val:
         say("data.test is not given: the test stage is judged on data.val, which also chose the best epoch")
-    (numbers,) = trainer.test(task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False)
+    checkpoint = judged(cfg, trainer)
+    (numbers,) = trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     task.metrics["test"].save(folder, "test")
     return dict(numbers)
 
@@ -230,7 +254,7 @@ STAGE = {"fit": fit, "validate": validate, "test": test}
 
 
 def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
-    """The checkpoint to evaluate: the one asked for, else the best of the fit, else that of the resumed run."""
+    """The checkpoint to evaluate: the one asked for, else the fit's best, else the resumed run's."""
     if cfg.ckpt_path is not None:
         path = Path(cfg.ckpt_path)
         best = path / "checkpoints/best.ckpt"

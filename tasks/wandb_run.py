@@ -167,7 +167,7 @@ def wandb_logger(
             print(f"W&B: {logger.experiment.url}", flush=True)
             return logger
         except Exception as fault:  # whatever W&B stumbles over, training is worth more
-            reason = f"{fault}".strip().split("\n")[0][:150]
+            reason = " ".join(str(fault).split("Consider")[0].split())[:200]
             if required:
                 raise UsageError(f"W&B is required and cannot be reached: {reason}") from fault
             wandb.teardown()  # its service would go on holding the run's id
@@ -181,7 +181,10 @@ def wandb_logger(
         print(f"W&B: off ({fault}); metrics go to metrics.jsonl only", flush=True)
         return None
     because = f" ({reason})" if reason else ""
-    print(f"W&B: offline{because}; send it later with `wandb sync {Path(logger.experiment.dir).parent}`", flush=True)
+    print(
+        f"W&B: offline{because}; send it later with `wandb sync {Path(logger.experiment.dir).parent}`",
+        flush=True,
+    )
     return logger
 
 

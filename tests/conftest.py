@@ -1,9 +1,14 @@
 """Fixtures every test may use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import open_dict
+
+torch.set_num_threads(1)  # small tensors: threads would only get into each other's way
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT / "../shared/data")).resolve()
@@ -25,3 +30,48 @@ def tiny_shapes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     images = {"train": 16, "val": 6, "test": 5}
     root = write_shapes(tmp_path_factory.mktemp("data") / "shapes", **images)
     return [f"data.root={root}", "data.images={train: 16, val: 6, test: 5}"]
+
+
+SMALL = [  # a detector that trains a step in a fraction of a second
+    "backbone=resnet18",
+    "model.fpn_channels=16",
+    "model.head_channels=32",
+    "model.roi_batch=16",
+    "model.proposals_train=50",
+    "model.proposals_test=50",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "data.image_size=[64,64]",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.log_every_n_steps=1",
+    "callbacks.pictures.images=2",
+    "logger.wandb.mode=disabled",
+]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def start(tiny_shapes: list[str], runs: Path) -> Callable[..., Path]:
+    """Runs `train.py` in this process on the tiny shapes with a small detector; returns the run's folder."""
+    from hydra import compose, initialize_config_dir
+
+    from tasks.run import run
+
+    def start(*overrides: str, small: bool = True) -> Path:
+        words = [*(SMALL if small else []), *tiny_shapes, f"runs_dir={runs}", *overrides]
+        if any(word.startswith("resume=") for word in words):
+            words = list(overrides)
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose("train", overrides=words, return_hydra_config=True)
+        choices = dict(cfg.hydra.runtime.choices)
+        with open_dict(cfg):
+            del cfg.hydra
+        return run(cfg, words, choices)
+
+    return start

@@ -22,7 +22,14 @@ def train(*arguments, cwd=ROOT, **environment):
 
 
 def test_help_names_the_choices_and_imports_nothing_heavy():
-    code = "import runpy, sys; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\nfinally: print([m for m in ('torch', 'lightning', 'wandb') if m in sys.modules])"
+    code = """
+import runpy, sys
+sys.argv = ["train.py", "--help"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+finally:
+    print([name for name in ("torch", "lightning", "wandb") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for word in ("task=detection", "resnext50_32x4d", "data.root", "resume=", "ckpt_path="):

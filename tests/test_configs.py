@@ -38,7 +38,11 @@ def test_every_task_with_every_backbone_builds(task, backbone):
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [(g, o) for g in ("data", "model", "trainer", "logger", "callbacks", "debug", "experiment") for o in options(g)],
+    [
+        (g, o)
+        for g in ("data", "model", "trainer", "logger", "callbacks", "debug", "experiment")
+        for o in options(g)
+    ],
 )
 def test_every_option_composes(group, option):
     extra = [] if group == "data" and option == "shapes" else ["data.root=."]
@@ -55,7 +59,9 @@ def test_every_file_says_what_it_is_for(path):
 
 def test_precedence_is_command_line_over_experiment_over_defaults(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ndata: {batch_size: 5}\noptimizer: {lr: 0.5}\n")
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndata: {batch_size: 5}\noptimizer: {lr: 0.5}\n"
+    )
     search = f"hydra.searchpath=[file://{tmp_path}]"
     defaults = composed()
     assert (defaults.data.batch_size, defaults.trainer.max_epochs) == (8, 3)

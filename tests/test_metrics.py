@@ -113,6 +113,7 @@ def test_tied_scores_are_ordered_by_image_id_not_by_arrival(tmp_path: Path, engi
         metric = CocoAP(file, engine=engine)
         metric.update(order, [found(0.5), found(0.5)])
         assert metric.compute()["AP"] == pytest.approx(1.0)
+        assert [result["image_id"] for result in metric.results("bbox")] == [1, 2]
 
 
 def test_a_hundred_detections_an_image_count(tmp_path: Path, engine: str) -> None:

@@ -30,8 +30,12 @@ def pair():
     for norm in (m for m in ours.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.uniform_(norm.running_var, 5, 10)  # keeps activations in range without training
     torch.nn.init.normal_(ours.roi_heads.box_predictor.cls_score.weight, std=0.3)
-    theirs = FasterRCNN(FPN(resnet18()), 5, min_size=128, max_size=160, box_score_thresh=0.0, rpn_pre_nms_top_n_test=1000)
-    theirs.rpn.anchor_generator = AnchorGenerator(tuple((8 * s,) for s in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5)
+    theirs = FasterRCNN(
+        FPN(resnet18()), 5, min_size=128, max_size=160, box_score_thresh=0.0, rpn_pre_nms_top_n_test=1000
+    )
+    theirs.rpn.anchor_generator = AnchorGenerator(
+        tuple((8 * s,) for s in (4, 8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 5
+    )
     theirs.roi_heads.box_roi_pool.featmap_names = ["p2", "p3", "p4", "p5"]
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.eval()

@@ -5,7 +5,9 @@ import pytest
 from tasks.data.samplers import EvalSampler, TrainSampler, epoch_order, mix
 
 
-@pytest.mark.parametrize(("length", "batch", "world"), [(17, 4, 1), (17, 2, 2), (5, 4, 3), (1, 8, 2), (24, 4, 2)])
+@pytest.mark.parametrize(
+    ("length", "batch", "world"), [(17, 4, 1), (17, 2, 2), (5, 4, 3), (1, 8, 2), (24, 4, 2)]
+)
 def test_every_image_every_epoch_and_equal_lengths(length, batch, world):
     samplers = [TrainSampler(length, batch, seed=3, rank=rank, world_size=world) for rank in range(world)]
     items = [list(sampler) for sampler in samplers]

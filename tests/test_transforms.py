@@ -63,7 +63,7 @@ def test_cleaning_keeps_what_reaches_over_the_edge_and_drops_the_rest():
         (90, 10, 99, 20),  # wholly outside
         (10, 10, 10.5, 40),  # thinner than a pixel
     ]
-    image, target = Clean()(*sample(boxes=boxes))
+    _, target = Clean()(*sample(boxes=boxes))
     assert target["labels"].tolist() == [1, 5, 6]
     assert target["boxes"].tolist() == [[10, 10, 40, 50], [0, 0, 30, 30], [60, 40, 80, 60]]
     assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)

@@ -26,14 +26,14 @@ def fragments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def records(file: Path) -> Iterator[Any]:
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data, content = file.read_bytes(), b""
     assert data[:4] == b":W&B"
     for kind, fragment in fragments(data):
         content = fragment if kind in (1, 2) else content + fragment
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
+            record = Record()
             record.ParseFromString(content)
             yield record
 

@@ -161,7 +161,7 @@ class CocoDataset(Dataset):
         self.max_pixels, self.bit_depth = max_pixels, bit_depth
         huge = (self.annotations.sizes.prod(dim=1) > max_pixels).nonzero().squeeze(1).tolist()
         if huge:
-            named = [f"{self._name(i)}: {self.annotations.image_size(i)}" for i in huge[:NAMED]]
+            named = [f"{self.name(i)}: {self.annotations.image_size(i)}" for i in huge[:NAMED]]
             raise UsageError(
                 f"{annotations.path}: images of more than {max_pixels} pixels (height, width): "
                 f"{listed(named, len(huge))}; remove them or raise data.max_pixels"
@@ -191,7 +191,7 @@ class CocoDataset(Dataset):
                 at_least=at_least,
             )
         except UsageError as error:
-            raise UsageError(f"{self.split}: {self._name(index)}: {error}") from None
+            raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
         size = tuple(image.shape[-2:])
         boxes = annotations.boxes(index)
         if size != (height, width):
@@ -207,5 +207,6 @@ class CocoDataset(Dataset):
             target["iscrowd"] = annotations.iscrowd(index).clone()
         return tv_tensors.Image(image), target
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """What to call an image in an error: its id and its file."""
         return f"image {int(self.annotations.image_ids[index])} {self.annotations.file_name(index)!r}"

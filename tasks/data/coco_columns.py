@@ -62,7 +62,7 @@ def read_columns(path: Path, file: CocoFile) -> Columns:
     (ids,), text_ids = whole_numbers(path, {"annotations[{}].id": [r.id for r in annotations]})
     sizes = np.array([(r.height, r.width) for r in images], dtype=np.float64).reshape(-1, 2)
     xywh = np.array([r.bbox for r in annotations], dtype=np.float64).reshape(-1, 4)
-    marks = np.array([r.iscrowd or 0 for r in annotations], dtype=np.float64)
+    marks = np.array([r.iscrowd for r in annotations], dtype=np.float64)
 
     def refuse(wrong: NDArray[Any], what: str, place: Callable[[int], str], remedy: str) -> None:
         indices = np.flatnonzero(wrong).tolist()

@@ -6,6 +6,7 @@ of such a file, stay undecoded. `Raw` values point into the bytes of the file an
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from numpy.typing import NDArray
 
 from resnext_backbones.errors import UsageError
-from tasks.data.faults import NAMED, listed
+from tasks.data.faults import NAMED, counted, listed
 
 Id = int | float | str
 Ids = NDArray[np.int64]
@@ -35,7 +36,7 @@ class AnnotationRecord(Struct, gc=False):
     category_id: Id
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: int | float | bool | None = 0
+    iscrowd: int | float | bool = 0
     segmentation: Raw = Raw()
 
 
@@ -60,6 +61,12 @@ class _Unread(Struct, gc=False):
     categories: list[Raw] = []
 
 
+class _Named(Struct):
+    id: Any = None
+    file_name: Any = None
+
+
+_NAMED = msgspec.json.Decoder(_Named)
 _RECORDS: dict[str, msgspec.json.Decoder] = {
     "images": msgspec.json.Decoder(ImageRecord),
     "annotations": msgspec.json.Decoder(AnnotationRecord),
@@ -84,16 +91,8 @@ def read_file(path: Path) -> CocoFile:
         raise UsageError(f"{path}: the annotation file cannot be read: {error.strerror}") from None
     try:
         return msgspec.json.decode(data, type=CocoFile)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{path}: {_wrong_records(data, str(error))}") from None
-    except msgspec.DecodeError as error:
-        raise UsageError(f"{path}: {_wrong_syntax(data, str(error))}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: {_wrong_text(data)}") from None
-    except RecursionError:
-        raise UsageError(
-            f"{path}: its lists are nested too deeply for a COCO file; export it again"
-        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: {_diagnosis(data, str(error))}") from None
 
 
 def _nearest(path: Path) -> str:
@@ -104,8 +103,8 @@ def _nearest(path: Path) -> str:
     return f"{folder} holds {', '.join(found[:NAMED])}" if found else f"{folder} holds no .json file"
 
 
-def _wrong_records(data: bytes, reason: str) -> str:
-    """What to say of a file that is JSON but has records of a wrong shape."""
+def _diagnosis(data: bytes, reason: str) -> str:
+    """What is wrong with a file that could not be decoded as COCO's, and what to do."""
     try:
         unread = msgspec.json.decode(data, type=_Unread)
     except msgspec.ValidationError as error:
@@ -114,6 +113,14 @@ def _wrong_records(data: bytes, reason: str) -> str:
             f"not a COCO file: {where or 'at the top'}: {why}; an object is expected that holds the lists "
             "`images`, `annotations` and `categories`"
         )
+    except msgspec.DecodeError as error:
+        return _wrong_syntax(data, str(error))
+    except RecursionError:
+        return "its lists are nested too deeply for a COCO file; export it again"
+    return _wrong_text(data) or _wrong_records(unread, reason)
+
+
+def _wrong_records(unread: _Unread, reason: str) -> str:
     wrong = [
         (name, index, fault)
         for name, decoder in _RECORDS.items()
@@ -124,9 +131,8 @@ def _wrong_records(data: bytes, reason: str) -> str:
     for name, index, fault in wrong[:NAMED]:
         where, why = _split(fault)
         named.append(f"{name}[{index}]{where}: {why}{_whose(name, index, unread)}")
-    return (
-        f"{_count(len(wrong), 'record')} of a wrong form: {listed(named, len(wrong))}; correct or remove them"
-    )
+    records = counted(len(wrong), "record")
+    return f"{records} of a wrong form: {listed(named, len(wrong)) or reason}; correct or remove them"
 
 
 def _wrong(decoder: msgspec.json.Decoder, record: Raw) -> str:
@@ -152,18 +158,29 @@ def _whose(name: str, index: int, unread: _Unread) -> str:
         parts = {"image": record.get("id"), "file": record.get("file_name")}
     else:
         image_id = record.get("image_id")
-        image = next((i for i in map(_loosely, unread.images) if i.get("id") == image_id), {})
-        parts = {"annotation": record.get("id"), "image": image_id, "file": image.get("file_name")}
+        file = _file_name(image_id, unread.images)
+        parts = {"annotation": record.get("id"), "image": image_id, "file": file}
     told = ", ".join(f"{what} {value!r}" for what, value in parts.items() if value is not None)
     return f" ({told})" if told else ""
 
 
+def _file_name(image_id: Any, images: Sequence[Raw]) -> Any:
+    for record in images:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            named = _NAMED.decode(record)
+            if named.id == image_id:
+                return named.file_name
+    return None
+
+
 def _loosely(record: Raw) -> dict[str, Any]:
-    try:
-        fields = msgspec.json.decode(record)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+    """The fields of a record that can be read at all."""
+    fields: dict[str, Any] = {}
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        for name, value in msgspec.json.decode(record, type=dict[str, Raw]).items():
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                fields[name] = msgspec.json.decode(value)
+    return fields
 
 
 def _wrong_syntax(data: bytes, reason: str) -> str:
@@ -176,7 +193,7 @@ def _wrong_syntax(data: bytes, reason: str) -> str:
     offset = int(match[1]) if match else len(data)
     if _NOT_NUMBERS.match(data, max(0, offset - 1)) or _NOT_NUMBERS.match(data, offset):
         named = _not_numbers(data)
-        where = f": {listed(named)}" if named else f" at {_place(data, offset)}"
+        where = f": {named}" if named else f" at {_place(data, offset)}"
         return f"NaN and Infinity are not numbers of JSON{where}; correct or remove them"
     if "truncated" in reason:
         return f"the file ends too early, at {_place(data, offset)}; it was not written or copied to its end"
@@ -184,20 +201,25 @@ def _wrong_syntax(data: bytes, reason: str) -> str:
     return f"not JSON: {what} at {_place(data, offset)}; correct it or export it again"
 
 
-def _not_numbers(data: bytes) -> list[str]:
+def _not_numbers(data: bytes) -> str:
     """The records that hold NaN or Infinity, found by reading these as text."""
     try:
         unread = msgspec.json.decode(_NOT_NUMBERS.sub(b'"%s"' % _MARKER.encode(), data), type=_Unread)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return []
-    return [
-        f"{name}[{index}].{field}{_whose(name, index, unread)}"
+        return ""
+    wrong = [
+        (name, index)
         for name in _RECORDS
         for index, record in enumerate(getattr(unread, name))
         if _MARKER.encode() in bytes(record)
-        for field, value in _loosely(record).items()
+    ]
+    named = [
+        f"{name}[{index}].{field}{_whose(name, index, unread)}"
+        for name, index in wrong[:NAMED]
+        for field, value in _loosely(getattr(unread, name)[index]).items()
         if _MARKER in str(value)
     ]
+    return listed(named, max(len(wrong), len(named)))
 
 
 def _wrong_text(data: bytes) -> str:
@@ -205,17 +227,13 @@ def _wrong_text(data: bytes) -> str:
         data.decode()
     except UnicodeDecodeError as error:
         return f"not UTF-8 at {_place(data, error.start)}; save it as UTF-8"
-    return "not UTF-8; save it as UTF-8"
+    return ""
 
 
 def _place(data: bytes, offset: int) -> str:
     line = data.count(b"\n", 0, offset) + 1
     column = offset - data.rfind(b"\n", 0, offset)
     return f"line {line}, column {column}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def whole_numbers(path: Path, columns: dict[str, Sequence[Id]]) -> tuple[list[Ids], bool]:
@@ -231,26 +249,30 @@ def whole_numbers(path: Path, columns: dict[str, Sequence[Id]]) -> tuple[list[Id
     convert = _from_text if as_text else _whole
     converted, wrong = [], []
     for name, values in columns.items():
-        if set(map(type, values)) <= {int}:
+        if not as_text and set(map(type, values)) <= {int}:
             try:  # nearly every file; the way below takes a second for a million ids
-                converted.append(np.array(values, dtype=np.int64))
-                continue
+                column = np.array(values, dtype=np.int64)
             except OverflowError:
-                pass
+                column = np.array([-1])
+            if column.min(initial=0) >= 0:
+                converted.append(column)
+                continue
         numbers = [convert(value) for value in values]
         wrong += [f"{name.format(i)} = {values[i]!r}" for i, number in enumerate(numbers) if number is None]
         converted.append(np.array([0 if number is None else number for number in numbers], dtype=np.int64))
     if wrong:
-        rule = "either all are integers or all are strings of digits" if as_text else "integers are expected"
-        raise UsageError(f"{path}: {_count(len(wrong), 'id')} of a wrong form: {listed(wrong)}; {rule}")
+        rule = "integers from 0 are expected"
+        if as_text:
+            rule = "either all of a kind are integers, or all are strings of digits"
+        raise UsageError(f"{path}: {counted(len(wrong), 'id')} of a wrong form: {listed(wrong)}; {rule}")
     return converted, as_text
 
 
 def _whole(value: Id) -> int | None:
     if isinstance(value, int):
-        return value if abs(value) < 2**63 else None
+        return value if 0 <= value < 2**63 else None
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) <= LARGEST_EXACT else None
+        return int(value) if value.is_integer() and 0 <= value <= LARGEST_EXACT else None
     return None
 
 

@@ -28,10 +28,9 @@ class Fault:
     ids: tuple[int | str, ...]
 
     def __str__(self) -> str:
-        plural = "" if self.count == 1 else "s"
         more = ", …" if self.count > len(self.ids) else ""
-        named = f" (id{plural} {', '.join(map(str, self.ids))}{more})" if self.ids else ""
-        return f"{self.action} {self.count} {self.of}{plural}: {self.kind}{named}"
+        named = f" (id {', '.join(map(str, self.ids))}{more})" if self.ids else ""
+        return f"{self.action} {counted(self.count, self.of)}: {self.kind}{named}"
 
 
 def fault(kind: str, action: str, of: str, ids: Sequence[int | str] | Tensor) -> list[Fault]:
@@ -44,6 +43,10 @@ def describe(faults: Iterable[Fault], source: Any) -> str:
     """One warning that counts and names all `faults` of `source`; empty where there are none."""
     lines = [f"  {fault}" for fault in faults]
     return "\n".join([f"warning: {source}:", *lines]) if lines else ""
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def listed(offenders: Sequence[str], count: int | None = None) -> str:

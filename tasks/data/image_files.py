@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnext_backbones.errors import UsageError
-from tasks.data.faults import NAMED, listed
+from tasks.data.faults import NAMED, counted, listed
 
 
 def check_image_files(images: Path, names: Sequence[str], *, follow_symlinks: bool = False) -> None:
@@ -41,14 +41,15 @@ def check_image_files(images: Path, names: Sequence[str], *, follow_symlinks: bo
             escaping += [_join(folder, f) for f in (leaving if inside else files)]
             missing += [_join(folder, f) for f in files if f not in there]
     if escaping:
+        number = counted(len(escaping), "image file")
         raise UsageError(
-            f"{images}: {_files(len(escaping))} outside the image folder: {_quoted(escaping)}; names are "
+            f"{images}: {number} outside the image folder: {_quoted(escaping)}; names are "
             "relative to the folder; where links in it may lead elsewhere, set data.follow_symlinks=true"
         )
     if missing:
-        all_of = " (all)" if len(missing) == len(names) else ""
+        number = f"{len(missing)} of {counted(len(names), 'image file')}"
         raise UsageError(
-            f"{images}: {_files(len(missing))} of {len(names)}{all_of} missing: {_quoted(missing)}; check "
+            f"{images}: {number} missing: {_quoted(missing)}; check "
             "the image folder, or take these images out of the annotation file"
         )
 
@@ -80,10 +81,6 @@ def _listing(folder: Path) -> tuple[set[str], dict[str, str]]:
 
 def _join(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
-
-
-def _files(count: int) -> str:
-    return f"{count} image file{'' if count == 1 else 's'}"
 
 
 def _quoted(names: Sequence[str]) -> str:

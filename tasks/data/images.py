@@ -67,11 +67,12 @@ def decode(
     path = Path(path)
     try:
         with _open(path, max_pixels) as image:
+            deep = _is_deep_colour(image)  # first of all: no longer to be seen once EXIF made Pillow decode
             orientation = _orientation(path, image, size_hw)
             if at_least is not None:
                 height, width = at_least[::-1] if orientation in _TRANSPOSED else at_least
                 image.draft(None, (2 * width, 2 * height))
-            rgb = _to_rgb(path, image, bit_depth)
+            rgb = _to_rgb(path, image, deep, bit_depth)
             if orientation in _TURNS:
                 rgb = rgb.transpose(_TURNS[orientation])
     except UsageError:
@@ -121,35 +122,30 @@ def _orientation(path: Path, image: Image.Image, size_hw: Size | None) -> int:
     )
 
 
-def _to_rgb(path: Path, image: Image.Image, bit_depth: int | None) -> Image.Image:
-    if _is_deep(image):
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow would keep only the upper 8 of 16 bits."""
+    colour = image.format in ("PNG", "TIFF") and not image.mode.startswith(("I", "F"))
+    return colour and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _to_rgb(path: Path, image: Image.Image, deep_colour: bool, bit_depth: int | None) -> Image.Image:
+    deep_grey = image.mode.startswith(("I", "F"))
+    if (deep_colour or deep_grey) and bit_depth is None:
+        raise UsageError(
+            f"{path}: its pixels have more than 8 bits (mode {image.mode}); say how many are in use: "
+            "data.bit_depth=16, or 12, …"
+        )
+    if deep_colour and bit_depth != 16:
+        raise UsageError(f"{path}: colour images of 16 bits are only read with data.bit_depth=16")
+    if deep_grey:
+        assert bit_depth is not None
         return _scaled(path, image, bit_depth)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # drops the transparency without Pillow's warning
     return image.convert("RGB")
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether a pixel has more than 8 bits; of colour images Pillow would only keep the upper 8."""
-    return image.mode.startswith(("I", "F")) or _is_deep_colour(image)
-
-
-def _is_deep_colour(image: Image.Image) -> bool:
-    if image.format not in ("PNG", "TIFF") or image.mode.startswith(("I", "F")):
-        return False
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-
-
-def _scaled(path: Path, image: Image.Image, bit_depth: int | None) -> Image.Image:
-    if bit_depth is None:
-        raise UsageError(
-            f"{path}: its pixels have more than 8 bits (mode {image.mode}); say how many are in use: "
-            "data.bit_depth=16, or 12, …"
-        )
-    if _is_deep_colour(image):
-        if bit_depth != 16:
-            raise UsageError(f"{path}: colour images of 16 bits are only read with data.bit_depth=16")
-        return image.convert("RGB")
+def _scaled(path: Path, image: Image.Image, bit_depth: int) -> Image.Image:
     largest = 2**bit_depth - 1
     values = np.asarray(image, dtype=np.float64)
     if not (values.min() >= 0 and values.max() <= largest):

@@ -1,10 +1,13 @@
 """The datamodule of COCO files: one annotation file and one image folder a split."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -24,8 +27,8 @@ class CocoData(LightningDataModule):
     Args:
         root: folder of the dataset.
         train, val, test: each the name of a split (`root/annotations/instances_{split}.json` and
-            `root/{split}/`, COCO's own layout) or a mapping with the paths `annotations` and `images`, absolute or relative to
-            `root`. Without `test`, the test stage is judged on `val`.
+            `root/{split}/`, COCO's own layout) or a mapping with the paths `annotations` and `images`,
+            absolute or relative to `root`. Without `test`, the test stage is judged on `val`.
         target: what the task learns from, set by the task.
         image_size: shorter side and longest allowed longer side an image is resized to, in pixels.
         jitter: range of a random factor on `image_size` in training.
@@ -69,8 +72,11 @@ class CocoData(LightningDataModule):
         self.augment = dict(augment or {})
         self.batch_size, self.seed = batch_size, seed
         self.num_workers = _workers() if num_workers is None else num_workers
-        self.reading = {"max_pixels": max_pixels, "bit_depth": bit_depth}
-        self.cleaning = {"min_image_side": min_image_side, "max_drop_fraction": max_drop_fraction}
+        self.reading: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth}
+        self.cleaning: dict[str, Any] = {
+            "min_image_side": min_image_side,
+            "max_drop_fraction": max_drop_fraction,
+        }
         self.worker_timeout = worker_timeout
         self._annotations: dict[tuple[Path, Path, bool], CocoAnnotations] = {}
 
@@ -162,6 +168,23 @@ class CocoData(LightningDataModule):
         sampler = EvalSampler(len(dataset), trainer.global_rank, trainer.world_size)
         return DataLoader(dataset, sampler=sampler, **self._loading())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Part of every checkpoint: a run does not go on with other annotations than it began with."""
+        return {split: self._fingerprint(split) for split in ("train", "val")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for split, known in state_dict.items():
+            if self._fingerprint(split) != known:
+                raise UsageError(
+                    f"{self.annotation_file(split)} has changed since the run began; put the old file back, "
+                    "or start a new run, with backbone.weights=FOLDER to begin from this one's weights"
+                )
+
+    @cache  # noqa: B019 - there is one datamodule a run
+    def _fingerprint(self, split: str) -> str:
+        with self.annotation_file(split).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def _loading(self) -> dict[str, Any]:
         workers = self.num_workers
         return {
@@ -170,14 +193,15 @@ class CocoData(LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "timeout": self.worker_timeout if workers else 0,
-            "pin_memory": True,
+            "pin_memory": torch.cuda.is_available(),
         }
 
     def _progress(self) -> Item:
         """Epoch and batches trained on in it, for checkpoints within an epoch."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed
+        batches = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return loop.epoch_progress.current.processed, batches  # type: ignore[attr-defined]
 
 
 def _pair(name: str, values: Sequence[Any]) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,8 +34,8 @@ def spread(
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index of the item, `function(item)`) in the order in which the results come.
 
-    A worker that dies, or needs more than `timeout` seconds for an item, is replaced, and `Crashed` is yielded
-    for its item. An exception of `function` ends everything.
+    A worker that dies, or needs more than `timeout` seconds for an item, is replaced, and `Crashed` is
+    yielded for its item. An exception of `function` ends everything.
 
     function: picklable where processes are spawned. workers: at least one process is used.
     """
@@ -56,7 +57,8 @@ def spread(
             for worker in running:
                 if worker.item is None and waiting:
                     worker.item, worker.since = waiting.popleft(), time.monotonic()
-                    worker.pipe.send(items[worker.item])
+                    with suppress(BrokenPipeError):  # it died: found out when its result is asked for
+                        worker.pipe.send(items[worker.item])
             busy = [worker for worker in running if worker.item is not None]
             deadline = min(worker.since for worker in busy) + timeout
             ready = wait([worker.pipe for worker in busy], max(0.0, deadline - time.monotonic()))
@@ -87,17 +89,17 @@ class _Raised:
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     torch.set_num_threads(1)  # a fork must not wait for its parent's threads
-    while True:
-        try:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+        # a parent that was killed cannot stop its workers, and forks keep each other's pipes open
+        while pipe in wait([pipe, parent.sentinel]):
             item = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            pipe.send(function(item))
-        except KeyboardInterrupt:
-            return
-        except Exception as error:
-            pipe.send(_Raised(error))
+            try:
+                result = function(item)
+            except Exception as error:
+                result = _Raised(error)
+            pipe.send(result)
 
 
 def _received(worker: _Worker) -> Any:

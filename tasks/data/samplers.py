@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 Item = tuple[int, int]
-"""(epoch, index of the image): what a training dataset is asked for, so that augmentation can be seeded by it."""
+"""(epoch, index of the image): what training asks a dataset for, so that augmentation can be seeded by it."""
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
@@ -66,7 +66,8 @@ class TrainSampler(Sampler[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         order = epoch_order(self.length, self.seed, self.epoch)
-        share = [order[i % self.length] for i in range(self.rank, len(self) * self.world_size, self.world_size)]
+        positions = range(self.rank, len(self) * self.world_size, self.world_size)
+        share = [order[position % self.length] for position in positions]
         epoch, batch = self._resume_at
         first = batch * self.batch_size if epoch == self.epoch else 0
         return ((self.epoch, index) for index in share[first:])

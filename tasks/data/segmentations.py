@@ -4,7 +4,6 @@ pycocotools does not return from a polygon with a vertex at 1e9, raises half a d
 and takes masks of a wrong size without a word.
 """
 
-import math
 from typing import Any
 
 import msgspec
@@ -17,7 +16,7 @@ def segmentation_fault(segmentation: bytes, height: int, width: int) -> str | No
     """Says why a segmentation cannot be used for an image of `height` × `width`; None if it can.
 
     segmentation: JSON as it stands in the file: a list of polygons, or a run-length code with `size` and
-    `counts`, which are a list of numbers or COCO's compressed string. Empty or `null`: there is none to judge.
+    `counts`, which are a list of numbers or COCO's compressed string. Empty or `null`: none to judge.
     """
     try:
         value = msgspec.json.decode(segmentation) if segmentation else None
@@ -52,7 +51,7 @@ def _polygons(polygons: list[Any], height: int, width: int) -> str | None:
 
 def _near(coordinates: list[float], side: int) -> bool:
     """Not further than one image away."""
-    return all(math.isfinite(v) and -side <= v <= 2 * side for v in coordinates)
+    return all(-side <= v <= 2 * side for v in coordinates)
 
 
 def _runs(code: dict[str, Any], height: int, width: int) -> str | None:

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rich.progress import Progress
 from resnext_backbones.errors import UsageError
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
+FILLS = ("ramp", "checks", "stripes", "plain", "blotches", "grain")  # of each class
 KEYPOINTS = ("top", "right", "bottom", "left", "centre")
 SKELETON = ((1, 5), (2, 5), (3, 5), (4, 5))  # 1-based, as COCO has it
 SPLITS = ("train", "val", "test")
@@ -35,7 +37,8 @@ SPLITS = ("train", "val", "test")
 VERSION = 1  # raised whenever the same seed gives other files
 MIN_SIDE, MAX_SIDE = 8, 96  # pixels, longer side of an object's box
 MIN_IMAGE_SIZE = 32  # pixels; in less there is no room for shapes on one another
-MIN_VISIBLE = 0.5  # share of a shape that stays in sight, of its whole area
+TILT = np.pi / 8  # a shape is turned by at most this angle, either way
+MIN_VISIBLE = 0.75  # share of a shape that stays in sight, of its whole area
 SUPERSAMPLING = 4
 STALE_SECONDS = 3600  # a write takes seconds, so what is older was left by one that was killed
 
@@ -129,17 +132,15 @@ def _blotches(rng: Generator, height: int, width: int, cells: int) -> NDArray[np
     return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _fill(rng: Generator, height: int, width: int) -> NDArray[np.float32]:
-    """The pattern of one shape, in −1…1."""
-    match rng.choice(
-        ("plain", "ramp", "stripes", "checks", "blotches", "grain"), p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1)
-    ):
+def _fill(rng: Generator, label: int, height: int, width: int) -> NDArray[np.float32]:
+    """The pattern of one shape, in −1…1: nine times in ten that of its class."""
+    match rng.choice(FILLS) if rng.random() < 0.1 else FILLS[label - 1]:
         case "ramp":
             return _ramp(rng, height, width)
         case "stripes":
-            return np.sign(_wave(rng, height, width, (5, 14)))
+            return np.sign(_wave(rng, height, width, (5, 9)))
         case "checks":
-            return np.sign(_wave(rng, height, width, (8, 18)) * _wave(rng, height, width, (8, 18)))
+            return np.sign(_wave(rng, height, width, (7, 11)) * _wave(rng, height, width, (7, 11)))
         case "blotches":
             return _blotches(rng, height, width, 6)
         case "grain":
@@ -181,13 +182,15 @@ def _strokes(rng: Generator, size: int) -> NDArray[np.float32]:
     return np.asarray(canvas, dtype=np.float32) - 128
 
 
-def _colour(rng: Generator, ground: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A random colour [3, 1, 1] that stands out from `ground` [3, h, w]; one in eight only a little."""
-    distance = 75 if rng.random() < 1 / 8 else 120
-    candidates = rng.uniform(0, 255, (16, 3)).astype(np.float32)
+def _colour(rng: Generator, label: int, ground: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A colour [3, 1, 1] that stands out from `ground` [3, h, w]: nine times in ten of its class's hue."""
+    hues = rng.random(16) if rng.random() < 0.04 else (label - 1 + rng.uniform(-0.3, 0.3, 16)) / len(CLASSES)
+    saturations, values = rng.uniform(0.5, 1, 16), rng.uniform(0.3, 1, 16)
+    candidates = 255 * np.array([hsv_to_rgb(*hsv) for hsv in zip(hues % 1, saturations, values, strict=True)])
     apart = np.linalg.norm(candidates - ground.mean(axis=(1, 2)), axis=1)
-    far_enough = np.flatnonzero(apart >= distance)
-    return candidates[far_enough[0] if len(far_enough) else apart.argmax()].reshape(3, 1, 1)
+    far_enough = np.flatnonzero(apart >= 140)
+    chosen = candidates[far_enough[0] if len(far_enough) else apart.argmax()]
+    return chosen.astype(np.float32).reshape(3, 1, 1)
 
 
 # --- drawing --------------------------------------------------------------------------------------------
@@ -226,11 +229,13 @@ def _rasterise(loops: list[Loop], size: int, rim: bool = False) -> _Patch:
     return _Patch(inside, (slice(y0, y1), slice(x0, x1)), int((coverage >= 0.5).sum()))
 
 
-def _paint(rng: Generator, image: NDArray[np.float32], loops: list[Loop], patch: _Patch) -> None:
+def _paint(
+    rng: Generator, image: NDArray[np.float32], label: int, loops: list[Loop], patch: _Patch
+) -> None:
     """Draw one shape into `image` [3, H, W] in place, with a random colour and texture, half with a rim."""
     region = image[:, *patch.window]
-    swing = (rng.uniform(10, 32, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
-    paint = _colour(rng, region) + _fill(rng, *patch.coverage.shape) * swing
+    swing = (rng.uniform(30, 60, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
+    paint = _colour(rng, label, region) + _fill(rng, label, *patch.coverage.shape) * swing
     if rng.random() < 0.5:
         rim = _rasterise(loops, image.shape[1], rim=True).coverage * np.float32(rng.uniform(0.3, 0.8))
         paint += rim * (np.float32(rng.choice([20, 235])) - paint)
@@ -256,7 +261,7 @@ def _random_place(rng: Generator, side: float, size: int, others: list[tuple[flo
     centre = rng.uniform(0, size, 2)
     if others and rng.random() < 0.6:
         x, y, other = others[rng.integers(len(others))]
-        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.42) * (side + other)
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.28, 0.42) * (side + other)
         centre = np.array([x + reach * np.cos(angle), y + reach * np.sin(angle)])
     return np.clip(centre, 0.4 * side, size - 0.4 * side)  # a tenth of the side may leave the image
 
@@ -281,10 +286,10 @@ def scene(seed: int, split: str, index: int, image_size: int = 128) -> Scene:
         label = int(rng.integers(1, len(CLASSES) + 1))
         side = _random_side(rng, image_size)
         centre = _random_place(rng, side, image_size, others)
-        loops = [loop + centre for loop in _outline(label, side, rng.uniform(0, 2 * np.pi))]
+        loops = [loop + centre for loop in _outline(label, side, rng.uniform(-TILT, TILT))]
         patch = _rasterise(loops, image_size)
         if _leaves_enough(top, whole, patch):
-            _paint(rng, image, loops, patch)
+            _paint(rng, image, label, loops, patch)
             top[patch.window][patch.mask] = len(shapes)
             shapes.append(Shape(label, loops, centre, patch.mask))
             whole.append(patch.whole)
@@ -295,7 +300,7 @@ def scene(seed: int, split: str, index: int, image_size: int = 128) -> Scene:
 
 
 def _random_side(rng: Generator, size: int) -> float:
-    low, mode, high = np.log([MIN_SIDE + 1, 40, MAX_SIDE - 2])
+    low, mode, high = np.log([MIN_SIDE + 1, 60, MAX_SIDE - 2])
     return min(float(np.exp(rng.triangular(low, mode, high))), 0.75 * size)
 
 
@@ -307,9 +312,9 @@ def _crowd(rng: Generator, image: NDArray[np.float32], top: NDArray[np.int16]) -
     for _ in range(rng.integers(14, 26)):
         centre = np.clip(middle + rng.normal(0, 0.1 * size, 2), 0.06 * size, 0.94 * size)
         side = rng.uniform(0.07, 0.13) * size
-        loops = [loop + centre for loop in _outline(label, side, rng.uniform(0, 2 * np.pi))]
+        loops = [loop + centre for loop in _outline(label, side, rng.uniform(-TILT, TILT))]
         patch = _rasterise(loops, size)
-        _paint(rng, image, loops, patch)
+        _paint(rng, image, label, loops, patch)
         top[patch.window][patch.mask] = 0
     return Shape(label, [], middle, top == 0, crowd=True)
 

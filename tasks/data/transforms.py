@@ -54,7 +54,7 @@ class Clean(v2.Transform):
         super().__init__()
         self.min_size = min_size
 
-    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:  # type: ignore[override]
+    def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         target = select(target, torch.isfinite(target["boxes"]).all(dim=1))
         target["boxes"] = v2.ClampBoundingBoxes()(target["boxes"])
         x1, y1, x2, y2 = target["boxes"].as_subclass(Tensor).unbind(dim=1)
@@ -65,8 +65,10 @@ def select(target: Target, keep: Tensor) -> Target:
     """The target of those objects for which `keep` (bool [N]) is set."""
     number = len(keep)
     return {
-        name: tv_tensors.wrap(value[keep], like=value) if isinstance(value, tv_tensors.TVTensor)
-        else value[keep] if isinstance(value, Tensor) and value.ndim and len(value) == number
+        name: tv_tensors.wrap(value[keep], like=value)
+        if isinstance(value, tv_tensors.TVTensor)
+        else value[keep]
+        if isinstance(value, Tensor) and value.ndim and len(value) == number
         else value
         for name, value in target.items()
     }
@@ -133,7 +135,8 @@ def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 32) -> Det
     images, targets = zip(*samples, strict=True)
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-int(side) // multiple) * multiple for side in sizes.amax(dim=0))
-    batch = torch.zeros((len(images), 3, height, width), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    shape = (len(images), 3, height, width)
+    batch = torch.zeros(shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     for padded, image in zip(batch, images, strict=True):
         padded[:, : image.shape[-2], : image.shape[-1]] = image
     return DetectionBatch(
@@ -151,5 +154,3 @@ def _tensors(target: Mapping[str, Any]) -> dict[str, Tensor]:
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         raise ValueError(f"image {target['image_id']}: the target's entries differ in number: {shapes}")
     return tensors
-
-

@@ -1,0 +1,215 @@
+"""A run from its configuration to its folder, on a handful of images."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from resnext_backbones.errors import UsageError
+from tasks.base import DivergedError
+from tasks.checkpoint import read_checkpoint
+from tasks.loggers import read_metrics
+
+
+def losses(folder):
+    return [(m["step"], m["train/loss"]) for m in read_metrics(folder) if "train/loss" in m]
+
+
+def same_weights(a, b):
+    a, b = read_checkpoint(a)["state_dict"], read_checkpoint(b)["state_dict"]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_in_its_folder(start, capsys):
+    folder = start("run_id=first")
+    printed = capsys.readouterr().out
+    assert str(folder) in printed
+    assert "learning rate" in printed
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    expected = {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "predictions_test_bbox.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "pictures/val_epoch001.png",
+        "pictures/val_epoch002.png",
+        "pictures/test.png",
+    }
+    assert found == expected
+
+    metrics = read_metrics(folder)
+    names = {name for line in metrics for name in line}
+    assert {"train/loss", "train/loss_classifier", "train/loss_box_reg", "val/AP", "test/AP50"} <= names
+    assert [step for step, _ in losses(folder)] == list(range(8))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["results"]["test/AP"] <= 1
+    assert summary["recipe"]["global_batch"] == 4
+    assert summary["seed"] == 0
+    assert summary["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["record"]["categories"][0] == {"id": 1, "name": "circle"}
+    assert checkpoint["record"]["config"]["backbone"]["_target_"] == "resnext_backbones.resnet18"
+
+
+def test_saved_predictions_give_the_reported_numbers(start, tiny_shapes):
+    folder = start("model.score_threshold=0.0")
+    root = tiny_shapes[0].partition("=")[2]
+    truth = COCO(f"{root}/annotations/instances_test.json")
+    judge = COCOeval(truth, truth.loadRes(str(folder / "predictions_test_bbox.json")), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    results = json.loads((folder / "summary.json").read_text())["results"]
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100")
+    for name, value in zip(names, judge.stats, strict=False):
+        assert results.get(f"test/{name}", -1) == pytest.approx(value, abs=1e-7)  # float32 in Lightning's log
+
+
+def test_one_seed_gives_one_result_to_the_last_bit(start):
+    first, second, other = start("stages=fit"), start("stages=fit"), start("stages=fit", "seed=1")
+    assert losses(first) == losses(second) != losses(other)
+    assert same_weights(first, second)
+
+
+def test_learning_rate_is_scaled_to_the_batch(start, capsys):
+    folder = start("stages=fit", "trainer.accumulate_grad_batches=2", "optimizer.lr=0.01")
+    recipe = json.loads((folder / "summary.json").read_text())["recipe"]
+    assert recipe["global_batch"] == 8
+    assert recipe["learning_rate"] == pytest.approx(0.01 * 8 / 16)
+    assert recipe["total_steps"] == 4
+    logged = [m["lr-AdamW/pg1"] for m in read_metrics(folder) if "lr-AdamW/pg1" in m]
+    assert max(logged) <= 0.005
+
+
+def test_weight_decay_spares_norms_and_biases():
+    from resnext_backbones import resnet18
+    from tasks.base import parameter_groups
+
+    body = resnet18(num_classes=10)
+    decayed, spared = parameter_groups(body, 0.1)
+    convolutions = sum(
+        p.numel()
+        for n, p in body.named_parameters()
+        if "conv" in n or n.endswith(("fc.weight", "downsample.0.weight"))
+    )
+    assert sum(p.numel() for p in decayed["params"]) == convolutions
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(body.parameters()))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(start, runs, monkeypatch):
+    from tasks.detection import DetectionTask
+
+    honest = DetectionTask.losses
+
+    def poisoned(self, batch):
+        losses = honest(self, batch)
+        if self.global_step == 6:  # in the second epoch, after the first one's checkpoint
+            losses["loss_box_reg"] = losses["loss_box_reg"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(DetectionTask, "losses", poisoned)
+    images = r"\[\d+, \d+, \d+, \d+\]"
+    with pytest.raises(DivergedError, match=f"loss_box_reg = nan at step 6 of epoch 1 on images {images}"):
+        start("run_id=nan")
+    last = read_checkpoint(runs / "nan")
+    assert last["global_step"] == 4
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_validate_and_test_judge_a_checkpoint(start, capsys):
+    folder = start("run_id=trained")
+    reported = json.loads((folder / "summary.json").read_text())["results"]
+    again = start("stages=[validate,test]", f"ckpt_path={folder}")
+    results = json.loads((again / "summary.json").read_text())["results"]
+    assert results["test/AP"] == reported["test/AP"]
+    assert results["val/AP"] == reported["best val/AP"]
+    assert (again / "predictions_val_bbox.json").exists()
+
+
+def test_without_a_test_split_val_is_judged_and_it_is_said(start, capsys):
+    start("data.test=null", "trainer.max_epochs=1")
+    assert "data.test is not given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["training", "validation"])
+def test_ctrl_c_saves_and_resuming_gives_the_same_weights(start, tiny_shapes, runs, when):
+    """Stopped by SIGINT within an epoch or a validation, and resumed: the uninterrupted weights, bit for bit."""
+    whole = start("stages=fit", "run_id=whole", "trainer.max_epochs=6")
+    program = [sys.executable, "-c", WAITING.format(when=when), *SMALL, *tiny_shapes, f"runs_dir={runs}"]
+    child = subprocess.Popen(
+        [*program, "run_id=stopped", "stages=fit", "trainer.max_epochs=6"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 130, errors
+    stopped = runs / "stopped"
+    assert f"resume={stopped}" in errors
+    assert 0 < read_checkpoint(stopped)["global_step"] < 24
+    resumed = start(f"resume={stopped}")
+    assert resumed == stopped
+    assert same_weights(whole, stopped)
+    assert dict(losses(whole)) == dict(losses(stopped))
+    values = [[m["val/AP"] for m in read_metrics(folder) if "val/AP" in m] for folder in (whole, stopped)]
+    assert values[0] == values[1]
+
+
+# train.py, which gets a SIGINT in its third epoch.
+WAITING = """
+import os, runpy, signal, sys
+from tasks.base import BaseTask
+sys.argv[0] = "train.py"
+
+def interrupt(step):
+    def wrapped(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch, batch_idx)
+    return wrapped
+
+name = dict(training="training_step", validation="validation_step")["{when}"]
+setattr(BaseTask, name, interrupt(getattr(BaseTask, name)))
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_finished_run_resumes_to_its_results_with_more_epochs(start):
+    folder = start("stages=fit", "run_id=more")
+    again = start(f"resume={folder}", "trainer.max_epochs=3")
+    assert again == folder
+    assert len(losses(folder)) == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("backbone=resnet34", "backbone: network, data and seed cannot change"),
+        ("model.fpn_channels=32", "model.fpn_channels: network"),
+        ("data.train=val", "data.train: network"),
+        ("seed=3", "seed: network"),
+    ],
+)
+def test_resume_refuses_another_network_or_dataset(start, override, wanted):
+    folder = start("stages=fit", "trainer.max_epochs=1")
+    with pytest.raises(UsageError, match=wanted):
+        start(f"resume={folder}", override)
+
+
+def test_resume_refuses_annotations_that_changed(start, tiny_shapes, tmp_path):
+    shutil.copytree(tiny_shapes[0].partition("=")[2], tmp_path / "data")
+    folder = start("stages=fit", "trainer.max_epochs=1", f"data.root={tmp_path / 'data'}")
+    file = tmp_path / "data/annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"instances_train\.json has changed"):
+        start(f"resume={folder}")
