@@ -24,8 +24,8 @@ from rich.progress import (
 from torch import Tensor
 
 from tasks.data.transforms import DetectionBatch
-from tasks.loggers import log_boxes
 from tasks.pictures import contact_sheet, draw, save_png, side_by_side
+from tasks.wandb_run import log_boxes
 
 
 class ProgressBar(LightningProgressBar):

@@ -91,7 +91,7 @@ def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictCon
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir, version_base="1.3"):
         words = [a for a in arguments if "=" in a and not a.startswith("-")]
-        while True:
+        while words:
             try:
                 return compose(config_name, overrides=words)
             except HydraException as error:
@@ -99,6 +99,7 @@ def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictCon
                 culprit = bad[1].split("/")[0] if bad else ""
                 kept = [w for w in words if not w.lstrip("+~").startswith(culprit)]
                 words = kept if culprit and len(kept) < len(words) else []
+        return compose(config_name)
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

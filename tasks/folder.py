@@ -1,5 +1,6 @@
 """A run's folder: where it is, and how a run goes on from it."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -51,7 +52,7 @@ def resumed(cfg: DictConfig, overrides: Iterable[str], say: Callable[[str], None
     Raises:
         UsageError: the folder is not a run's, or an override changes the network, the data or the seed.
     """
-    folder = Path(cfg.resume)
+    folder = Path(os.path.abspath(cfg.resume))
     try:
         kept = OmegaConf.load(folder / CONFIG)
     except (OSError, ValueError) as fault:
@@ -61,17 +62,18 @@ def resumed(cfg: DictConfig, overrides: Iterable[str], say: Callable[[str], None
     assert isinstance(kept, DictConfig)
     with open_dict(kept):
         for override in OverridesParser.create().parse_overrides(list(overrides)):
-            key = override.key_or_group.split("@")[0].replace("/", ".")
+            key = override.key_or_group
             if key == "resume":
                 continue
             value = OmegaConf.select(cfg, key)
-            if not _changeable(key) and value != OmegaConf.select(kept, key):
+            same = value is not None and value == OmegaConf.select(kept, key)
+            if not (_changeable(key) or same):
                 raise UsageError(
                     f"{key}: network, data and seed cannot change when {folder} goes on; "
                     "start a new run, with backbone.weights=FOLDER to begin from its weights"
                 )
-            OmegaConf.update(kept, key, value, force_add=True)
-            say(f"override: {key} = {value}")
+            OmegaConf.update(kept, key, value, merge=False, force_add=True)
+            say(f"override: {override.input_line}")
         # Everything else refers to these, so a folder may have been moved.
         kept.runs_dir, kept.run_id, kept.resume = str(folder.parent), folder.name, str(folder)
     return kept

@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: metrics.jsonl, summary.json, and a copy of both in Weights & Biases."""
+"""The local record of a run: metrics.jsonl."""
 
 import errno
 import json
@@ -13,13 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from resnext_backbones.errors import UsageError
-from tasks.provenance import git_state, plain, versions, without_secrets, write_summary
-from tasks.wandb_run import WandbLogger, log_boxes, wandb_logger
-
-__all__ = [
-    "JsonlLogger", "WandbLogger", "git_state", "log_boxes", "read_metrics", "versions", "wandb_logger",
-    "without_secrets", "write_summary",
-]  # fmt: skip
+from tasks.provenance import plain
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -79,6 +79,9 @@ class CocoAP:
         self._classes = {int(c.id): c.name for c in sorted(header.categories, key=lambda c: c.id)}
         self._categories = np.array([0, *self._classes])  # label -> category id; 0 is background
         self.reset()
+        for iou_type in self.iou_types:  # what the evaluator refuses shows now, not after an epoch
+            one = sorted(self._image_ids)[:1]
+            self._evaluate(self.annotations, self._detections(iou_type), iou_type, one, self._sigmas)
 
     def reset(self) -> None:
         """Forgets everything reported; call it before a split is judged."""

@@ -23,7 +23,7 @@ PACKAGES = (
     "torch",
     "torchvision",
     "lightning",
-    "torchmetrics",
+
     "hydra-core",
     "hotcoco",
     "pycocotools",

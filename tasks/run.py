@@ -26,8 +26,8 @@ from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
 from tasks.data.check import check_dataset, start_report
 from tasks.data.module import CocoData
 from tasks.folder import open_folder, resumed
-from tasks.loggers import WandbLogger, wandb_logger
 from tasks.provenance import git_state, versions, without_secrets, write_summary
+from tasks.wandb_run import WandbLogger, wandb_logger
 
 STAGES = ("check", "fit", "validate", "test")
 HAND_OVER = ("weights", "freeze_at", "freeze_norms")  # of `backbone`, what is not an argument of the body
@@ -84,7 +84,8 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
             folder,
             data.num_workers,
         )
-        summary["check"] = "passed" if report.ok else "failed"
+        if not report.ok:
+            raise UsageError(f"the check found what would end training or evaluation, see {folder}")
     if set(stages) & set(STAGE):
         task = build_task(cfg, data)
         trainer = build_trainer(cfg, choices, folder, summary)

@@ -1,7 +1,7 @@
 """Fixtures every test may use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,9 +63,9 @@ def start(tiny_shapes: list[str], runs: Path) -> Callable[..., Path]:
 
     from tasks.run import run
 
-    def start(*overrides: str, small: bool = True) -> Path:
-        words = [*(SMALL if small else []), *tiny_shapes, f"runs_dir={runs}", *overrides]
-        if any(word.startswith("resume=") for word in words):
+    def start(*overrides: str, data: Sequence[str] = tiny_shapes) -> Path:
+        words = [*SMALL, *data, f"runs_dir={runs}", *overrides]
+        if any(word.startswith("resume=") for word in overrides):
             words = list(overrides)
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             cfg = compose("train", overrides=words, return_hydra_config=True)

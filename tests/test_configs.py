@@ -40,7 +40,7 @@ def test_every_task_with_every_backbone_builds(task, backbone):
     ("group", "option"),
     [
         (g, o)
-        for g in ("data", "model", "trainer", "logger", "callbacks", "debug", "experiment")
+        for g in ("data", "model", "trainer", "logger", "callbacks", "debug", "optimizer", "scheduler", "experiment")
         for o in options(g)
     ],
 )

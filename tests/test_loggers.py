@@ -26,16 +26,9 @@ from PIL import Image
 from wandb_records import read_run
 
 from resnext_backbones.errors import UsageError
-from tasks.loggers import (
-    JsonlLogger,
-    git_state,
-    log_boxes,
-    read_metrics,
-    versions,
-    wandb_logger,
-    without_secrets,
-    write_summary,
-)
+from tasks.loggers import JsonlLogger, read_metrics
+from tasks.provenance import git_state, versions, without_secrets, write_summary
+from tasks.wandb_run import log_boxes, wandb_logger
 
 ROOT = Path(__file__).parents[1]
 
@@ -512,7 +505,7 @@ def test_a_refused_port_costs_less_than_20_seconds(tmp_path, alone, monkeypatch,
 def test_nobody_at_the_terminal_is_asked(tmp_path, alone):
     """The standard streams are a terminal, there is no key, and nobody types."""
     code = (
-        "import sys, tasks.loggers; assert 'wandb' not in sys.modules\n"  # the import is late
+        "import sys, tasks.wandb_run; assert 'wandb' not in sys.modules\n"  # the import is late
         f"logger = tasks.loggers.wandb_logger('p', 'x', folder={str(tmp_path)!r})\n"
         "logger.close(); print('DONE')"
     )

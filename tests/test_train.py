@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, SMALL
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from wandb_records import read_run
 
 from resnext_backbones.errors import UsageError
 from tasks.base import DivergedError
@@ -28,9 +29,9 @@ def same_weights(a, b):
 
 def test_a_run_leaves_everything_in_its_folder(start, capsys):
     folder = start("run_id=first")
-    printed = capsys.readouterr().out
-    assert str(folder) in printed
-    assert "learning rate" in printed
+    printed = capsys.readouterr()
+    assert str(folder) in printed.out
+    assert "learning rate" in printed.err  # with the progress, which is not part of the results
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     expected = {
         "config.yaml",
@@ -213,3 +214,19 @@ def test_resume_refuses_annotations_that_changed(start, tiny_shapes, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"instances_train\.json has changed"):
         start(f"resume={folder}")
+
+
+def test_wandb_holds_configuration_recipe_metrics_and_boxes(start):
+    folder = start("logger.wandb.mode=offline", "model.score_threshold=0.0", "callbacks.pictures.min_score=0.0")
+    (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    run = read_run(record)
+    assert run["id"] == folder.name
+    assert run["exit_code"] == 0
+    assert run["config"]["backbone"]["_target_"] == "resnext_backbones.resnet18"
+    assert run["config"]["recipe"]["global_batch"] == 4
+    assert {"versions", "git", "command"} <= run["config"].keys()
+    names = {name for row in run["history"] for name in row}
+    assert {"train/loss", "val/AP", "test/AP"} <= names
+    pictures = next(row["val/pictures"] for row in run["history"] if "val/pictures" in row)
+    assert pictures["count"] == 2
+    assert "predictions" in json.dumps(pictures)

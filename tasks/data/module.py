@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
 from tasks.data.coco import CocoAnnotations, CocoDataset, read_coco
+from tasks.data.images import MAX_PIXELS
 from tasks.data.samplers import EvalSampler, Item, TrainLoader, TrainSampler
 from tasks.data.shapes import write_shapes
 from tasks.data.transforms import Prepared, collate
@@ -36,6 +37,7 @@ class CocoData(LightningDataModule):
         batch_size: images a batch of one process.
         num_workers: processes that load images; None: one a core, but one core is left to the training.
         seed: of the order of images and of augmentation.
+        follow_symlinks: links in the image folders may lead out of them.
         max_pixels: larger images are refused (decompression bombs).
         bit_depth: for 16-bit images, the number of bits that are in use.
         min_image_side: training leaves out images with a shorter side, in pixels.
@@ -57,7 +59,8 @@ class CocoData(LightningDataModule):
         batch_size: int = 2,
         num_workers: int | None = None,
         seed: int = 0,
-        max_pixels: int = 100_000_000,
+        follow_symlinks: bool = False,
+        max_pixels: int = MAX_PIXELS,
         bit_depth: int | None = None,
         min_image_side: int = 8,
         max_drop_fraction: float = 0.01,
@@ -72,6 +75,7 @@ class CocoData(LightningDataModule):
         self.augment = dict(augment or {})
         self.batch_size, self.seed = batch_size, seed
         self.num_workers = _workers() if num_workers is None else num_workers
+        self.follow_symlinks = follow_symlinks
         self.reading: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth}
         self.cleaning: dict[str, Any] = {
             "min_image_side": min_image_side,
@@ -103,7 +107,7 @@ class CocoData(LightningDataModule):
         paths, training = self.paths(split), split == "train"
         key = (*paths, training)
         if key not in self._annotations:
-            read = read_coco(*paths)
+            read = read_coco(*paths, follow_symlinks=self.follow_symlinks)
             self._annotations[key] = read.clean(**self.cleaning) if training else read
         return self._annotations[key]
 
