@@ -32,10 +32,9 @@ def main(cfg: DictConfig) -> None:
     try:
         run(cfg, overrides, choices)
     except UsageError as error:
-        end(str(error).splitlines()[-1].removeprefix("resnext_backbones.errors.UsageError: "))  # of a worker
+        end(str(error).rpartition("resnext_backbones.errors.UsageError: ")[2])  # without a worker's traceback
     except Interrupted as stop:
-        again = f"to go on: python train.py resume={stop.folder}"
-        end(f"{stop}; the state is saved in {stop.saved}; {again}", stop.exit_code)
+        end(str(stop), stop.exit_code)
     except Exception:  # not a mistake in the configuration, which `guarded` would take it for
         traceback.print_exc()
         sys.exit(1)

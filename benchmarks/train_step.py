@@ -2,8 +2,8 @@
 
     uv run python -m benchmarks.train_step [--pairs 5] [--images 2] [--size 256 320] [--json]
 
-Both have the same ResNeXt-50-FPN weights, images and settings of proposals; the losses are compared first. Runs
-alternate (A B A B …) and the ratio is taken pair by pair, since other programs disturb neighbours alike.
+Both have the same ResNeXt-50-FPN weights, images and settings of proposals; the losses are compared first.
+Runs alternate (A B A B …) and the ratio is taken pair by pair, since other programs disturb neighbours alike.
 """
 
 import argparse
@@ -59,7 +59,9 @@ def stepper(model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> Callab
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), metavar=("HEIGHT", "WIDTH"))

@@ -167,7 +167,8 @@ class BaseTask(LightningModule):
         metric = self.metrics[split]
         # A run cut short on purpose is judged on what it saw; otherwise the metric wants the whole split.
         limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
-        numbers = metric.compute(None if limit == 1.0 else metric.reported)
+        whole = isinstance(limit, float) and limit == 1.0  # the integer 1 means one batch
+        numbers = metric.compute(None if whole else metric.reported)
         self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
 
     # Optimization.
@@ -194,12 +195,27 @@ class BaseTask(LightningModule):
             devices=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             epochs=trainer.max_epochs if trainer.max_epochs != -1 else None,
-            total_steps=int(trainer.estimated_stepping_batches),
+            total_steps=self._total_steps(),
             weight_decay=keywords.get("weight_decay", 0.0),
             decayed_parameters=decayed,
             undecayed_parameters=undecayed,
             frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
         )
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Lightning's `estimated_stepping_batches` would open the loader before a resumed run's position is known,
+        and the loader would then begin its epoch anew.
+        """
+        trainer = self.trainer
+        batches = trainer.datamodule.train_batches(trainer.world_size)  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit or batches)
+        steps = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+        if trainer.max_epochs == -1:
+            steps = trainer.max_steps
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def configure_gradient_clipping(
         self,

@@ -162,7 +162,6 @@ class ProgressBar(LightningProgressBar):
         )
         self._progress.start()
         self._task = self._progress.add_task("", total=total, completed=completed)
-        self._total, self._completed = total, completed
 
     def _advance(self, text: str) -> None:
         if self._progress:
@@ -247,15 +246,20 @@ class Pictures(Callback):
 
 
 class Interrupted(Exception):
-    """A signal asked for the end; `last.ckpt` has been written."""
+    """A signal asked for the end. `saved` is the checkpoint that was written, None while evaluating."""
 
-    def __init__(self, number: int, saved: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code, self.saved, self.folder = 128 + number, saved, saved.parents[1]
+    def __init__(self, number: int, saved: Path | None) -> None:
+        name = signal.Signals(number).name
+        if saved is None:
+            super().__init__(f"stopped by {name} while evaluating; what was trained is as it was")
+        else:
+            again = f"to go on: python train.py resume={saved.parents[1]}"
+            super().__init__(f"stopped by {name}; the state is saved in {saved}; {again}")
+        self.exit_code = 128 + number
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C (SIGINT) and SIGTERM end the fit after the current step, with a checkpoint of that step.
+    """Ctrl-C (SIGINT) and SIGTERM end a stage after the current step; a fit saves a checkpoint of that step.
 
     The handler only sets a flag, which is read between batches: saving inside a handler could catch the
     optimizer half-way through its step. A second Ctrl-C ends at once.
@@ -270,7 +274,7 @@ class StopOnSignal(Callback):
         self._received: int | None = None
         self._old: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -291,10 +295,16 @@ class StopOnSignal(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._stop_if_asked(trainer)
 
+    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._stop_if_asked(trainer)
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._received is not None:
+        if self._received is None:
+            return
+        fitting = trainer.state.fn == "fit"
+        if fitting:
             trainer.save_checkpoint(self.checkpoint)
-            raise Interrupted(self._received, self.checkpoint)
+        raise Interrupted(self._received, self.checkpoint if fitting else None)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -33,7 +33,7 @@ def guarded(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         end(explain(error, sys.argv[1:], config_dir, config_name))
     except KeyboardInterrupt:
-        end("interrupted before training began; nothing was saved", 130)
+        end("interrupted", 130)
 
 
 def explain(error: Exception, arguments: list[str], config_dir: str, config_name: str) -> str:

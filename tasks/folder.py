@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from resnext_backbones.errors import UsageError
+from tasks.checkpoint import find_checkpoint, read_checkpoint
 from tasks.provenance import without_secrets
 
 CONFIG = "config.yaml"
@@ -27,6 +29,10 @@ def open_folder(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
         cfg.run_id = next(n for n in taken if not (Path(cfg.runs_dir) / n).exists())
     if not re.fullmatch(r"[\w][\w.=-]{0,127}", str(cfg.run_id)):
         raise UsageError(f"run_id={cfg.run_id}: give a name of letters, digits, '.', '_', '=' and '-'")
+    with open_dict(cfg):
+        cfg.choices = dict(choices)
+        if "root" in cfg.data:  # so that the run goes on from any working directory
+            cfg.data.root = os.path.abspath(cfg.data.root)
     folder = Path(cfg.run_dir)
     try:
         folder.mkdir(parents=True)
@@ -46,28 +52,24 @@ def save_config(cfg: DictConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
-def resumed(cfg: DictConfig, overrides: Iterable[str], say: Callable[[str], None]) -> DictConfig:
+def resumed(
+    cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str], say: Callable[[str], None]
+) -> DictConfig:
     """The configuration kept in the folder `cfg.resume`, with this command line's overrides on top.
 
     Raises:
         UsageError: the folder is not a run's, or an override changes the network, the data or the seed.
     """
     folder = Path(os.path.abspath(cfg.resume))
-    try:
-        kept = OmegaConf.load(folder / CONFIG)
-    except (OSError, ValueError) as fault:
-        raise UsageError(
-            f"resume={folder}: {folder / CONFIG} cannot be read ({fault}); give the folder of a run"
-        ) from fault
-    assert isinstance(kept, DictConfig)
+    kept = _kept(folder, f"resume={cfg.resume}")
     with open_dict(kept):
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             key = override.key_or_group
-            if key == "resume":
-                continue
             value = OmegaConf.select(cfg, key)
-            same = value is not None and value == OmegaConf.select(kept, key)
-            if not (_changeable(key) or same):
+            again = key in choices and choices[key] == kept.choices.get(key)
+            if key == "resume" or again:
+                continue
+            if not _changeable(key) and value != OmegaConf.select(kept, key):
                 raise UsageError(
                     f"{key}: network, data and seed cannot change when {folder} goes on; "
                     "start a new run, with backbone.weights=FOLDER to begin from its weights"
@@ -76,6 +78,41 @@ def resumed(cfg: DictConfig, overrides: Iterable[str], say: Callable[[str], None
             say(f"override: {override.input_line}")
         # Everything else refers to these, so a folder may have been moved.
         kept.runs_dir, kept.run_id, kept.resume = str(folder.parent), folder.name, str(folder)
+    save_config(kept, folder)
+    return kept
+
+
+def of_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """`cfg` with the network of the checkpoint `cfg.ckpt_path`, and its data unless others are asked for."""
+    record = read_checkpoint(best_of(cfg.ckpt_path)).get("record", {}).get("config")
+    if record is None:  # not one of ours: the command line says what it holds
+        return cfg
+    asked = {
+        o.key_or_group.partition(".")[0] for o in OverridesParser.create().parse_overrides(list(overrides))
+    }
+    kept = OmegaConf.create(record)
+    with open_dict(cfg):
+        for part in ("backbone", "model", "task", "data"):
+            if part not in asked:
+                cfg[part] = kept[part]
+    return cfg
+
+
+def best_of(path: str | Path) -> Path:
+    """The checkpoint to judge: a file itself, of a run's folder the best, else the last."""
+    best = Path(path) / "checkpoints/best.ckpt"
+    return best if best.is_file() else find_checkpoint(path)
+
+
+def _kept(folder: Path, said: str) -> DictConfig:
+    try:
+        kept = OmegaConf.load(folder / CONFIG)
+    except (OSError, ValueError, YAMLError) as fault:
+        raise UsageError(
+            f"{said}: {folder / CONFIG} cannot be read ({fault}); give a run's folder"
+        ) from fault
+    if not isinstance(kept, DictConfig) or "choices" not in kept:
+        raise UsageError(f"{said}: {folder / CONFIG} is not a run's configuration; give a run's folder")
     return kept
 
 

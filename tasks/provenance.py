@@ -23,7 +23,6 @@ PACKAGES = (
     "torch",
     "torchvision",
     "lightning",
-
     "hydra-core",
     "hotcoco",
     "pycocotools",
@@ -95,7 +94,7 @@ def without_secrets(config: Any) -> Any:
     return config
 
 
-def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
+def git_state(folder: str | os.PathLike[str] = Path(__file__).parent) -> dict[str, Any]:
     """`{"commit": <hash>, "dirty": <bool>}` of the repository at `folder`; None where there is none."""
 
     def git(*words: str) -> str:

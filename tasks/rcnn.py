@@ -163,7 +163,7 @@ def faster_rcnn(
         post_nms_top_n=top_n,
         nms_thresh=0.7,
     )
-    pooled = {name: spec for name, spec in backbone.features.items() if name != "p6"}
+    pooled = dict(list(backbone.features.items())[: len(backbone.levels)])  # without the extra level
     roi_heads = RoIHeads(
         roi_align(pooled, 7, roi_canonical_size),
         TwoMLPHead(fpn_channels * 7 * 7, head_channels),

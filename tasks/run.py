@@ -13,19 +13,20 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from resnext_backbones import freeze, freeze_norms, load_weights
+from resnext_backbones import Receipt, freeze, freeze_norms, load_weights
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
 from tasks.data.check import check_dataset, start_report
 from tasks.data.module import CocoData
-from tasks.folder import open_folder, resumed
+from tasks.folder import best_of, of_checkpoint, open_folder, resumed
 from tasks.provenance import git_state, versions, without_secrets, write_summary
 from tasks.wandb_run import WandbLogger, wandb_logger
 
@@ -37,7 +38,9 @@ console = Console(highlight=False, soft_wrap=True)
 def hush() -> None:
     """Lightning's remarks on settings that are as they should be drown what a user has to read."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning, with torch 2.15
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.*is deprecated"
+    )  # inside Lightning, with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # on two cores one is right
 
 
@@ -61,34 +64,36 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     """
     began = time.time()
     hush()
-    if cfg.resume is not None:
-        cfg = resumed(cfg, overrides, say)
     stages = wanted(cfg)
+    if cfg.resume is not None:
+        cfg = resumed(cfg, overrides, choices, say)
+        stages = wanted(cfg)
+    elif cfg.ckpt_path is not None:
+        cfg = of_checkpoint(cfg, overrides)
     seed_everything(cfg.seed, verbose=False)
     data = build(cfg, "data", seed=cfg.seed)
     data.prepare_data()
     data.setup("fit")
     say(start_report({split: data.annotations(split) for split in data.splits}))
     folder = Path(cfg.run_dir) if cfg.resume is not None else open_folder(cfg, choices)
-
+    chosen = cfg.choices
     summary: dict[str, Any] = {
         "command": without_secrets(" ".join(["python train.py", *overrides])),
-        **{group: choices[group] for group in ("task", "model", "backbone", "data")},
+        **{group: chosen[group] for group in ("task", "model", "backbone", "data")},
         "seed": cfg.seed,
         "versions": versions(),
         "git": git_state(),
     }
+    write_summary(folder, summary)  # what can be said already, should the run not come to its end
+
     if "check" in stages:
-        report = check_dataset(
-            {split: data.dataset(split) for split in data.splits},
-            folder,
-            data.num_workers,
-        )
-        if not report.ok:
-            raise UsageError(f"the check found what would end training or evaluation, see {folder}")
+        datasets = {split: data.dataset(split) for split in data.splits}
+        if not check_dataset(datasets, folder, data.num_workers).ok:
+            raise UsageError("the check found what would end training or evaluation; it is listed above")
     if set(stages) & set(STAGE):
-        task = build_task(cfg, data)
-        trainer = build_trainer(cfg, choices, folder, summary)
+        task, receipt = build_task(cfg, data)
+        write_summary(folder, {"weights": receipt and receipt.as_dict()})
+        trainer = build_trainer(cfg, folder, summary)
         try:
             results: dict[str, float] = {}
             for stage in filter(STAGE.get, stages):
@@ -97,9 +102,11 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
             end_tracking(trainer.loggers, failed=True)
             raise
         end_tracking(trainer.loggers, failed=False)
-        summary |= {"recipe": task.recipe and task.recipe.as_dict(), "results": results}
-        say(table(results, task))
-    write_summary(folder, {**summary, "seconds": round(time.time() - began, 1)})
+        per_class = {split: metric.per_class for split, metric in task.metrics.items()}
+        recipe = task.recipe and task.recipe.as_dict()
+        write_summary(folder, {"recipe": recipe, "results": results, "per_class": per_class})
+        say(table(results, per_class))
+    write_summary(folder, {"seconds": round(time.time() - began, 1)})
     say(f"everything is in {folder}")
     return folder
 
@@ -110,6 +117,11 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
 def wanted(cfg: DictConfig) -> list[str]:
     """The stages in their order; one alone may be given without brackets."""
     stages = [cfg.stages] if isinstance(cfg.stages, str) else list(cfg.stages)
+    if "fit" in stages and cfg.ckpt_path is not None and cfg.resume is None:
+        raise UsageError(
+            f"ckpt_path={cfg.ckpt_path} is for evaluation: add stages=[validate] or stages=[test]; to go on "
+            "with its training give resume=FOLDER, to begin from its body backbone.weights=FOLDER"
+        )
     if not stages or (unknown := [stage for stage in stages if stage not in STAGES]):
         raise UsageError(f"stages={stages}: {unknown or 'nothing'} is not of {', '.join(STAGES)}")
     return stages
@@ -125,14 +137,18 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     except InstantiationException as fault:
         if isinstance(fault.__cause__, UsageError):
             raise fault.__cause__ from None
-        if isinstance(fault.__cause__, TypeError | ValueError | ImportError | AttributeError | None):
-            raise UsageError(f"{key}: {fault}") from fault
+        if isinstance(
+            fault.__cause__,
+            TypeError | ValueError | ImportError | AttributeError | MisconfigurationException | None,
+        ):
+            reason = str(fault).splitlines()[0] if fault.__cause__ is None else repr(fault.__cause__)
+            raise UsageError(f"{key}: {cfg[key].get('_target_')}: {reason}") from fault
         raise
 
 
-def build_task(cfg: DictConfig, data: CocoData) -> BaseTask:
-    """The network with its weights, in the task that trains it."""
-    body = build_body(cfg, data)
+def build_task(cfg: DictConfig, data: CocoData) -> tuple[BaseTask, Receipt | None]:
+    """The network in the task that trains it, and the receipt of the weights it begins with."""
+    body, receipt = build_body(cfg)
     model = build(cfg, "model", body=body, num_classes=len(data.categories))
     model.to(memory_format=torch.channels_last)
     optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
@@ -143,39 +159,42 @@ def build_task(cfg: DictConfig, data: CocoData) -> BaseTask:
     }
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{type(model).__name__} on {cfg.backbone._target_.rpartition('.')[2]}: {parameters:,} parameters")
-    return task
+    return task, receipt
 
 
-def build_body(cfg: DictConfig, data: CocoData) -> nn.Module:
-    """The body with its weights; early stages and norms stay as they are by default if pretrained."""
+def build_body(cfg: DictConfig) -> tuple[nn.Module, Receipt | None]:
+    """The body with its weights; early stages and norms stay as they are by default if pretrained.
+
+    Where a checkpoint is loaded into the network anyhow, the weights it once began with are not read again.
+    """
     weights, freeze_at, frozen_norms = (cfg.backbone[key] for key in HAND_OVER)
-    if weights is None and cfg.resume is None and cfg.ckpt_path is None and (freeze_at or frozen_norms):
+    if weights is None and (freeze_at or frozen_norms):
         raise UsageError(
             f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers "
             "as they are: give backbone.weights=SOURCE, or leave them out"
         )
     arguments = {key: value for key, value in cfg.backbone.items() if key not in HAND_OVER}
     body = build(OmegaConf.create({"backbone": arguments}), "backbone")
-    if weights is not None:
-        say(load_weights(body, weights))
+    receipt = None
+    if weights is not None and cfg.resume is None and cfg.ckpt_path is None:
+        receipt = load_weights(body, weights)
+        say(receipt)
     if frozen_norms if frozen_norms is not None else weights is not None:
         freeze_norms(body)
     freeze(body, freeze_at if freeze_at is not None else 2 if weights is not None else 0)
-    return body
+    return body, receipt
 
 
-def build_trainer(
-    cfg: DictConfig, choices: Mapping[str, str], folder: Path, summary: Mapping[str, Any]
-) -> Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> Trainer:
     """Lightning's trainer with our checkpoints, our samplers and the loggers."""
     settings = cfg.copy()
-    settings.trainer.precision = precision(cfg.trainer.precision)
+    settings.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
     callbacks = [build(settings.callbacks, name) for name in settings.callbacks]
     return build(
         settings,
         "trainer",
         callbacks=callbacks,
-        logger=build_loggers(settings, choices, folder, summary),
+        logger=build_loggers(settings, folder, summary),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(folder),
         use_distributed_sampler=False,  # our samplers know their rank, and do not pad
@@ -184,17 +203,15 @@ def build_trainer(
     )
 
 
-def build_loggers(
-    cfg: DictConfig, choices: Mapping[str, str], folder: Path, summary: Mapping[str, Any]
-) -> list[Logger]:
+def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> list[Logger]:
     config = {**OmegaConf.to_container(cfg, resolve=True), **summary}  # type: ignore[dict-item]
     loggers = [build(cfg.logger, name) for name in cfg.logger if name != "wandb"]
     wandb = wandb_logger(
         **cfg.logger.wandb,
         run_id=cfg.run_id,
-        name=f"{choices['task']}-{choices['backbone']}-{cfg.seed}",
+        name=f"{summary['task']}-{summary['backbone']}-{cfg.seed}",
         folder=folder,
-        job_type=choices["task"],
+        job_type=summary["task"],
         config=without_secrets(config),
     )
     return loggers + ([wandb] if wandb else [])
@@ -207,17 +224,18 @@ def end_tracking(loggers: Sequence[Logger], failed: bool) -> None:
             logger.close(failed)
 
 
-def precision(asked: str) -> str:
-    """`auto` becomes bf16-mixed where the hardware computes in bfloat16, 32-true elsewhere."""
+def precision(asked: str | int, accelerator: str) -> str | int:
+    """`auto` becomes bf16-mixed where the accelerator computes in bfloat16, 32-true elsewhere."""
     if str(asked).endswith("-true") and not str(asked).startswith(("32", "64")):
-        raise UsageError(
-            f"trainer.precision={asked}: boxes need float32; give bf16-mixed, 16-mixed or 32-true"
-        )
+        raise UsageError(f"trainer.precision={asked}: boxes need float32; give bf16-mixed or 32-true")
     if asked != "auto":
         return asked
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "32-true"
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # elsewhere it is emulated, and slower than float32
+        cpu = torch.cpu.get_capabilities() if accelerator in ("auto", "cpu") else {}
+        fast = torch.backends.mkldnn.is_available() and any(cpu.get(k) for k in ("avx512_bf16", "amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
 
 
 # The stages.
@@ -255,28 +273,26 @@ STAGE = {"fit": fit, "validate": validate, "test": test}
 
 
 def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
-    """The checkpoint to evaluate: the one asked for, else the fit's best, else the resumed run's."""
-    if cfg.ckpt_path is not None:
-        path = Path(cfg.ckpt_path)
-        best = path / "checkpoints/best.ckpt"
-        return str(best if best.exists() else find_checkpoint(path))
-    if best_path := getattr(trainer.checkpoint_callback, "best_model_path", ""):
-        say(f"evaluating the best epoch, {best_path}")
-        return best_path
-    if cfg.resume is not None:
-        return str(find_checkpoint(cfg.resume))
-    if trainer.global_step == 0:
-        say("no checkpoint is given (ckpt_path=…): evaluating the network as it was initialised")
-    return None
+    """The checkpoint to evaluate: the one asked for, else the fit's or the resumed run's best."""
+    given = cfg.ckpt_path if cfg.ckpt_path is not None else cfg.resume
+    if best := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+        path = best
+    elif given is not None:
+        path = str(best_of(given))
+    else:
+        say("no checkpoint is given (ckpt_path=…): evaluating the network as it is")
+        return None
+    say(f"evaluating {path}")
+    return path
 
 
-def table(results: Mapping[str, float], task: BaseTask) -> Table:
+def table(results: Mapping[str, float], per_class: Mapping[str, Mapping[str, float]]) -> Table:
     """The final numbers, splits side by side, then the classes."""
     splits = [s for s in ("val", "test") if any(k.startswith(f"{s}/") for k in results)]
-    out = Table("metric", *splits, title=None)
-    for name in dict.fromkeys(k.partition("/")[2] for k in results if "/" in k and not k.startswith("best")):
+    out = Table("metric", *splits)
+    names = (k.partition("/")[2] for k in results if k.partition("/")[0] in splits)
+    for name in dict.fromkeys(names):
         out.add_row(name, *(_cell(results.get(f"{split}/{name}")) for split in splits))
-    per_class = {split: task.metrics[split].per_class for split in splits}
     out.add_section()
     for name in dict.fromkeys(name for split in splits for name in per_class[split]):
         out.add_row(f"AP of {name}", *(_cell(per_class[split].get(name)) for split in splits))

@@ -488,15 +488,6 @@ def test_changing_a_sample_does_not_change_the_dataset(tmp_path: Path) -> None:
     assert [target[k].tolist() for k in ("labels", "annotation_ids", "iscrowd")] == [[1], [1], [False]]
 
 
-def test_the_transform_gets_image_and_target(tmp_path: Path) -> None:
-    dataset = CocoDataset(
-        read(tmp_path, coco()), "val", training=False, transform=lambda i, t: (i + 1, t | {"seen": True})
-    )
-    picture, target = dataset[0]
-    assert picture.unique().tolist() == [91]
-    assert target["seen"]
-
-
 def test_a_jpeg_far_larger_than_needed_is_decoded_smaller_with_its_boxes(tmp_path: Path) -> None:
     document = coco([annotation(bbox=[160, 80, 320, 160])], images=[image(1, "1.jpg", width=640, height=480)])
     dataset = CocoDataset(read(tmp_path, document), "val", training=False)

@@ -40,7 +40,17 @@ def test_every_task_with_every_backbone_builds(task, backbone):
     ("group", "option"),
     [
         (g, o)
-        for g in ("data", "model", "trainer", "logger", "callbacks", "debug", "optimizer", "scheduler", "experiment")
+        for g in (
+            "data",
+            "model",
+            "trainer",
+            "logger",
+            "callbacks",
+            "debug",
+            "optimizer",
+            "scheduler",
+            "experiment",
+        )
         for o in options(g)
     ],
 )
@@ -64,13 +74,13 @@ def test_precedence_is_command_line_over_experiment_over_defaults(tmp_path):
     )
     search = f"hydra.searchpath=[file://{tmp_path}]"
     defaults = composed()
-    assert (defaults.data.batch_size, defaults.trainer.max_epochs) == (8, 3)
+    assert (defaults.data.batch_size, defaults.trainer.max_epochs) == (4, 3)
     cfg = composed(search, "experiment=mine", "optimizer.lr=0.25", "+data.extra=1")
     assert (cfg.data.batch_size, cfg.optimizer.lr, cfg.data.extra) == (5, 0.25, 1)
 
 
 def test_the_demo_is_for_the_embedded_data_only():
-    assert composed().model.fpn_channels == 128
+    assert composed().model.fpn_channels == 64
     cfg = composed("data=coco", "data.root=.")
     assert cfg.model.fpn_channels == 256
     assert cfg.trainer.max_epochs == 12

@@ -13,7 +13,9 @@ TESTS += ["test_metrics", "test_configs", "test_train"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("uv"), reason="uv resolves and installs the oldest versions; it is not here")
+@pytest.mark.skipif(
+    not shutil.which("uv"), reason="uv resolves and installs the oldest versions; it is not here"
+)
 def test_the_oldest_versions(tmp_path):
     """In an environment of its own, resolved with `--resolution lowest-direct`."""
     project = tmp_path / "project"

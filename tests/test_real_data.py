@@ -19,7 +19,13 @@ def test_coco_2017_files_train_and_test(start, real_data, capsys):
 
 
 def test_blood_cells_name_the_boxes_without_area(start, real_data, capsys):
-    words = ["data=coco", f"data.root={real_data / 'bccd'}", "data.train=train", "data.val=val", "data.test=test"]
+    words = [
+        "data=coco",
+        f"data.root={real_data / 'bccd'}",
+        "data.train=train",
+        "data.val=val",
+        "data.test=test",
+    ]
     folder = start("stages=check", "data.num_workers=2", data=words)
     printed = " ".join(capsys.readouterr().out.split())
     assert "dropped 1 annotation: box without area (id 2288)" in printed

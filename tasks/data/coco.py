@@ -1,7 +1,7 @@
 """Reads COCO annotation files, and decodes the images they describe."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,6 @@ class CocoDataset(Dataset):
         training: objects that can be learned from, boxes within the image. Otherwise all annotations as they
             stand in the file, crowds too: for pictures, since the metric reads the file itself.
         target: what a task asks for; only `boxes` so far.
-        transform: called as `transform(image, target)`, returns both.
         max_pixels: larger images are refused.
         bit_depth: for 16-bit images, the number of bits that are in use.
 
@@ -150,14 +149,13 @@ class CocoDataset(Dataset):
         *,
         training: bool,
         target: str = "boxes",
-        transform: Callable[[Tensor, dict[str, Any]], Sample] | None = None,
         max_pixels: int = MAX_PIXELS,
         bit_depth: int | None = None,
     ) -> None:
         if target not in self.TARGETS:
             raise UsageError(f"data.target={target!r}: COCO data is read for {', '.join(self.TARGETS)}")
         self.annotations = annotations.clean() if training else annotations
-        self.split, self.training, self.transform = split, training, transform
+        self.split, self.training = split, training
         self.max_pixels, self.bit_depth = max_pixels, bit_depth
         huge = (self.annotations.sizes.prod(dim=1) > max_pixels).nonzero().squeeze(1).tolist()
         if huge:
@@ -171,11 +169,10 @@ class CocoDataset(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> Sample:
-        image, target = self.load(index)
-        return self.transform(image, target) if self.transform else (image, target)
+        return self.load(index)
 
     def load(self, index: int, at_least: tuple[int, int] | None = None) -> Sample:
-        """The sample before `transform`.
+        """The sample.
 
         at_least: the height and width it will be resized to. A JPEG is then decoded at a fraction of its
         size, as long as each side stays twice as long as that, and the boxes are scaled to the image.

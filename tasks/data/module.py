@@ -67,6 +67,9 @@ class CocoData(LightningDataModule):
         worker_timeout: int = 300,
     ) -> None:
         super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"data.{name}={value}: a whole number of at least {least} is wanted")
         self.root = Path(root)
         self.splits: dict[str, Split] = {"train": train, "val": val, "test": test or val}
         self.test_is_val = test is None
@@ -143,6 +146,10 @@ class CocoData(LightningDataModule):
             self.annotations(split), split, training=training, target=self.target, **self.reading
         )
 
+    def train_batches(self, world_size: int) -> int:
+        """Batches an epoch of one process."""
+        return TrainSampler(len(self.annotations("train")), self.batch_size, 0, 0, world_size).batches
+
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
@@ -177,6 +184,9 @@ class CocoData(LightningDataModule):
         return {split: self._fingerprint(split) for split in ("train", "val")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        if self.trainer.state.fn != "fit":  # a detector may be judged on any images with the same classes
+            return
         for split, known in state_dict.items():
             if self._fingerprint(split) != known:
                 raise UsageError(

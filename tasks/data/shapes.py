@@ -230,9 +230,7 @@ def _rasterise(loops: list[Loop], size: int, rim: bool = False) -> _Patch:
     return _Patch(inside, (slice(y0, y1), slice(x0, x1)), int((coverage >= 0.5).sum()))
 
 
-def _paint(
-    rng: Generator, image: NDArray[np.float32], label: int, loops: list[Loop], patch: _Patch
-) -> None:
+def _paint(rng: Generator, image: NDArray[np.float32], label: int, loops: list[Loop], patch: _Patch) -> None:
     """Draw one shape into `image` [3, H, W] in place, coloured and textured, half with a rim."""
     region = image[:, *patch.window]
     swing = (rng.uniform(30, 60, (3, 1, 1)) * rng.choice([-1, 1])).astype(np.float32)
