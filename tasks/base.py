@@ -205,8 +205,8 @@ class BaseTask(LightningModule):
     def _total_steps(self) -> int:
         """Optimizer steps of the whole run.
 
-        Lightning's `estimated_stepping_batches` would open the loader before a resumed run's position is known,
-        and the loader would then begin its epoch anew.
+        Lightning's `estimated_stepping_batches` would open the loader before a resumed run's position is
+        known, and the loader would then begin its epoch anew.
         """
         trainer = self.trainer
         batches = trainer.datamodule.train_batches(trainer.world_size)  # type: ignore[attr-defined]

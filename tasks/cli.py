@@ -46,9 +46,8 @@ def explain(error: Exception, arguments: list[str], config_dir: str, config_name
     if key := re.search(r"Could not override '([^']+)'", text):
         known = list(_keys(_compose(arguments, config_dir, config_name)))
         return f"{key[1]}: no such key; {_nearest(key[1], known)} (all keys: python train.py --cfg job)"
-    if "mismatched input" in text or "LexerNoViableAlt" in text or "no viable alternative" in text:
-        line = text.splitlines()[0]
-        return f"{line}; write key=value, and quote values with spaces, commas or brackets: 'key=\"a, b\"'"
+    if bad := re.search(r"Error parsing override '(.*?)'", text):
+        return f"{bad[1]}: write key=value, and quote values with spaces, commas or brackets: 'key=\"a, b\"'"
     return text
 
 
@@ -113,9 +112,9 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(word: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
-    if not close:  # a right last part in the wrong place, such as lr for optimizer.lr
-        close = [option for option in options if option.rpartition(".")[2] == word.rpartition(".")[2]][:3]
+    last = word.rpartition(".")[2]  # a right last part in the wrong place, such as lr for optimizer.lr
+    close = [option for option in options if option.rpartition(".")[2] == last][:3]
+    close = close or difflib.get_close_matches(word, options, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"there are: {', '.join(options)}" if len(options) <= 30 else "nothing is named like it"

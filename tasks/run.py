@@ -173,7 +173,7 @@ def build_body(cfg: DictConfig) -> tuple[nn.Module, Receipt | None]:
             f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers "
             "as they are: give backbone.weights=SOURCE, or leave them out"
         )
-    arguments = {key: value for key, value in cfg.backbone.items() if key not in HAND_OVER}
+    arguments = OmegaConf.masked_copy(cfg.backbone, [key for key in cfg.backbone if key not in HAND_OVER])
     body = build(OmegaConf.create({"backbone": arguments}), "backbone")
     receipt = None
     if weights is not None and cfg.resume is None and cfg.ckpt_path is None:
@@ -204,7 +204,8 @@ def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> 
 
 
 def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> list[Logger]:
-    config = {**OmegaConf.to_container(cfg, resolve=True), **summary}  # type: ignore[dict-item]
+    provenance = {key: summary[key] for key in ("command", "versions", "git")}
+    config = {**OmegaConf.to_container(cfg, resolve=True), **provenance}  # type: ignore[dict-item]
     loggers = [build(cfg.logger, name) for name in cfg.logger if name != "wandb"]
     wandb = wandb_logger(
         **cfg.logger.wandb,
@@ -274,11 +275,12 @@ STAGE = {"fit": fit, "validate": validate, "test": test}
 
 def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
     """The checkpoint to evaluate: the one asked for, else the fit's or the resumed run's best."""
-    given = cfg.ckpt_path if cfg.ckpt_path is not None else cfg.resume
-    if best := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+    if cfg.ckpt_path is not None:
+        path = str(best_of(cfg.ckpt_path))
+    elif best := getattr(trainer.checkpoint_callback, "best_model_path", ""):
         path = best
-    elif given is not None:
-        path = str(best_of(given))
+    elif cfg.resume is not None:
+        path = str(best_of(cfg.resume))
     else:
         say("no checkpoint is given (ckpt_path=…): evaluating the network as it is")
         return None

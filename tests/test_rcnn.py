@@ -5,6 +5,7 @@ import torch
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
 
 from resnext_backbones import FPN, resnet18, resnext26_32x4d
 from tasks.rcnn import StridedAnchors, faster_rcnn
@@ -101,6 +102,16 @@ def test_boxes_and_scores_are_float32_and_exact_under_autocast():
     head.remove()
     assert found["boxes"].dtype == found["scores"].dtype == seen["boxes"].dtype == torch.float32
     assert all(deltas.dtype == torch.float32 for level in seen["head"] for deltas in level)
+    # The same deltas decoded in float64: boxes of 16 pixels keep their place in a picture of 1,333.
+    coder, far = (
+        model.rpn.box_coder,
+        torch.tensor([[1300.3, 780.7, 1316.3, 796.7]]).repeat(len(found["boxes"]), 1),
+    )
+    deltas = torch.randn(len(far), 4) * 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        boxes = decode(deltas, [far])[:, 0]
+    exact = coder.decode_single(deltas.double(), far.double())
+    assert torch.diag(box_iou(boxes.double(), exact)).min() >= 0.99
 
 
 @pytest.mark.parametrize("boxes", [[], [[4, 4, 60, 60]]])

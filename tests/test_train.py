@@ -235,6 +235,6 @@ def test_wandb_holds_configuration_recipe_metrics_and_boxes(start):
     assert {"versions", "git", "command"} <= run["config"].keys()
     names = {name for row in run["history"] for name in row}
     assert {"train/loss", "val/AP", "test/AP"} <= names
-    pictures = next(row["val/pictures"] for row in run["history"] if "count" in row.get("val/pictures", ()))
-    assert pictures["count"] == 2
-    assert "predictions" in json.dumps(pictures)
+    shown = [row["val/pictures"] for row in run["history"] if "val/pictures" in row]
+    assert any(picture.get("count") == 2 for picture in shown)
+    assert "predictions" in json.dumps(shown)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -17,7 +18,7 @@ from tasks.data.coco import CocoAnnotations, CocoDataset, read_coco
 from tasks.data.images import MAX_PIXELS
 from tasks.data.samplers import EvalSampler, Item, TrainLoader, TrainSampler
 from tasks.data.shapes import write_shapes
-from tasks.data.transforms import Prepared, collate
+from tasks.data.transforms import MIN_SIDE, Prepared, collate
 
 Split = str | Mapping[str, str]
 
@@ -153,6 +154,7 @@ class CocoData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
+        self._name_boxes_lost_by_resizing()
         dataset = Prepared(
             self.dataset("train"),
             self.image_size,
@@ -165,6 +167,19 @@ class CocoData(LightningDataModule):
             len(dataset), self.batch_size, self.seed, trainer.global_rank, trainer.world_size
         )
         return TrainLoader(dataset, sampler=sampler, progress=self._progress, **self._loading())
+
+    def _name_boxes_lost_by_resizing(self) -> None:
+        annotations = self.annotations("train")
+        sizes = annotations.sizes[annotations.image_of()].double()
+        short, long = (side * self.jitter[0] for side in self.image_size)
+        scale = torch.minimum(short / sizes.amin(dim=1), long / sizes.amax(dim=1))
+        lost = (annotations.xywh[:, 2:] * scale[:, None]).amin(dim=1) < MIN_SIDE
+        if lost.any():
+            ids = annotations.ids[lost].tolist()
+            rank_zero_warn(
+                f"{annotations.path}: {len(ids)} boxes have a side of less than {MIN_SIDE:g} pixel at "
+                f"data.image_size={list(self.image_size)} and are not trained on (ids {ids[:20]})"
+            )
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation("val")

@@ -39,7 +39,7 @@ VERSION = 1  # raised whenever the same seed gives other files
 MIN_SIDE, MAX_SIDE = 8, 96  # pixels, longer side of an object's box
 MIN_IMAGE_SIZE = 32  # pixels; in less there is no room for shapes on one another
 TILT = np.pi / 8  # a shape is turned by at most this angle, either way
-MIN_VISIBLE = 0.75  # share of a shape that stays in sight, of its whole area
+MIN_VISIBLE = 0.7  # share of a shape that stays in sight, of its whole area
 SUPERSAMPLING = 4
 STALE_SECONDS = 3600  # a write takes seconds, so what is older was left by one that was killed
 
@@ -260,7 +260,7 @@ def _random_place(rng: Generator, side: float, size: int, others: list[tuple[flo
     centre = rng.uniform(0, size, 2)
     if others and rng.random() < 0.6:
         x, y, other = others[rng.integers(len(others))]
-        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.28, 0.42) * (side + other)
+        angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.4) * (side + other)
         centre = np.array([x + reach * np.cos(angle), y + reach * np.sin(angle)])
     return np.clip(centre, 0.4 * side, size - 0.4 * side)  # a tenth of the side may leave the image
 

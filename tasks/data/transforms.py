@@ -16,6 +16,9 @@ from tasks.data.samplers import Item, mix
 Target = dict[str, Any]
 
 
+MIN_SIDE = 1.0  # pixels; a narrower box is not trained on
+
+
 class DetectionBatch(NamedTuple):
     """A batch of images padded at the right and at the bottom to one size.
 
@@ -50,15 +53,11 @@ class Clean(v2.Transform):
     would drop every box that reaches over the edge.
     """
 
-    def __init__(self, min_size: float = 1.0) -> None:
-        super().__init__()
-        self.min_size = min_size
-
     def forward(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         target = select(target, torch.isfinite(target["boxes"]).all(dim=1))
         target["boxes"] = v2.ClampBoundingBoxes()(target["boxes"])
         x1, y1, x2, y2 = target["boxes"].as_subclass(Tensor).unbind(dim=1)
-        return image, select(target, (x2 - x1 >= self.min_size) & (y2 - y1 >= self.min_size))
+        return image, select(target, (x2 - x1 >= MIN_SIDE) & (y2 - y1 >= MIN_SIDE))
 
 
 def select(target: Target, keep: Tensor) -> Target:
@@ -82,6 +81,7 @@ class Prepared(Dataset):
         size: shorter side, longest allowed longer side, in pixels.
         jitter: the range of a random factor on `size`, (1, 1) for none.
         augment: transforms of torchvision's v2 in their order; empty for evaluation.
+        training: whether to jitter, augment and clean.
         seed: random numbers of a sample depend on it, the epoch and the index, on nothing else.
     """
 
