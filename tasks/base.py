@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from resnext_backbones.errors import UsageError
 from tasks.data.samplers import mix
 
 
@@ -236,6 +237,16 @@ class BaseTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["record"] = self.record
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UsageError if the checkpoint's labels stand for other classes than this task's."""
+        theirs, mine = (record.get("categories") for record in (checkpoint.get("record", {}), self.record))
+        if theirs is not None and mine is not None and theirs != mine:
+            differing = [c for c in [*theirs, *mine] if c not in theirs or c not in mine]
+            raise UsageError(
+                f"the checkpoint was trained on other classes than the data's: {differing[:10]} are not in "
+                "both; give the data that it was trained for"
+            )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -63,8 +63,8 @@ def start(tiny_shapes: list[str], runs: Path) -> Callable[..., Path]:
 
     from tasks.run import run
 
-    def start(*overrides: str, data: Sequence[str] = tiny_shapes) -> Path:
-        words = [*SMALL, *data, f"runs_dir={runs}", *overrides]
+    def start(*overrides: str, data: Sequence[str] = tiny_shapes, small: Sequence[str] = SMALL) -> Path:
+        words = [*small, *data, f"runs_dir={runs}", *overrides]
         if any(word.startswith("resume=") for word in overrides):
             words = list(overrides)
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

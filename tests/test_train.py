@@ -139,6 +139,40 @@ def test_validate_and_test_judge_a_checkpoint(start, capsys):
     assert (again / "predictions_val_bbox.json").exists()
 
 
+def test_a_checkpoint_brings_its_network_and_data_along(start):
+    folder = start("trainer.max_epochs=1")
+    quiet = ["logger.wandb.mode=disabled", "trainer.accelerator=cpu"]
+    again = start("stages=test", f"ckpt_path={folder}", data=[], small=quiet)
+    results = [json.loads((f / "summary.json").read_text())["results"] for f in (folder, again)]
+    assert results[0]["test/AP"] == results[1]["test/AP"]
+
+
+def test_a_checkpoint_is_not_trained_on(start):
+    with pytest.raises(UsageError, match="is for evaluation"):
+        start("ckpt_path=runs/x")
+
+
+def test_a_detector_is_not_judged_on_other_classes(start, tiny_shapes, tmp_path):
+    folder = start("trainer.max_epochs=1")
+    root = tmp_path / "other"
+    shutil.copytree(tiny_shapes[0].partition("=")[2], root)
+    for file in (root / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"ring"', '"doughnut"'))
+    words = ["data=coco", f"data.root={root}", "data.train=train", "data.val=val"]
+    with pytest.raises(UsageError, match="doughnut"):
+        start("stages=validate", f"ckpt_path={folder}", data=words)
+
+
+def test_sigterm_saves_and_exits_143(tiny_shapes, runs):
+    code = WAITING.format(when="training").replace("SIGINT", "SIGTERM")
+    words = [*SMALL, *tiny_shapes, f"runs_dir={runs}", "run_id=stopped", "stages=fit", "trainer.max_epochs=6"]
+    child = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 143, child.stderr
+    assert read_checkpoint(runs / "stopped")["global_step"] == 10
+
+
 def test_without_a_test_split_val_is_judged_and_it_is_said(start, capsys):
     start("data.test=null", "trainer.max_epochs=1")
     assert "data.test is not given" in capsys.readouterr().out
