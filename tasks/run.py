@@ -41,6 +41,7 @@ def hush() -> None:
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.*is deprecated"
     )  # inside Lightning, with torch 2.15
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # resume
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # on two cores one is right
 
 

@@ -137,7 +137,8 @@ def test_the_topmost_shape_is_seen_whole(coco):
         points = np.concatenate(drawn[-1].loops).clip(0, 128)
         x, y, width, height = objects(coco, image_id)[-1]["bbox"]
         extent = [*points.min(axis=0), *points.max(axis=0)]
-        np.testing.assert_allclose([x, y, x + width, y + height], extent, atol=1.6)
+        # the last pixels of a sharp tip are less than half covered
+        np.testing.assert_allclose([x, y, x + width, y + height], extent, atol=2.5)
 
 
 def test_keypoints_are_the_extremes_and_know_what_hides_them(coco):
