@@ -9,7 +9,6 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -64,6 +63,7 @@ class CocoAP:
         *,
         keypoint_sigmas: Sequence[float] | None = None,
     ) -> None:
+        self._group: Any = None
         self.annotations = Path(annotations)
         self.iou_types = tuple(iou_types)
         if not set(self.iou_types) <= set(PREFIX) or engine not in ENGINES:
@@ -155,7 +155,8 @@ class CocoAP:
 
         Raises RuntimeError, on every process, if the images reported are not exactly those to be judged.
         """
-        shards = _gather((self._found, None if image_ids is None else set(image_ids)))
+        asked = None if image_ids is None else set(image_ids)
+        shards = _gather((self._found, asked), self._side_group())
         outcome: Any = None
         if shards is not None:
             try:
@@ -163,11 +164,21 @@ class CocoAP:
             except Exception as fault:  # the processes that wait for the numbers must hear of it
                 kind = UsageError if isinstance(fault, UsageError) else RuntimeError
                 outcome = kind(f"{self.annotations}: {fault}").with_traceback(fault.__traceback__)
-        outcome = _broadcast(outcome)
+        outcome = _broadcast(outcome, self._side_group())
         if isinstance(outcome, Exception):
             raise outcome
         numbers, self.per_class_of = outcome
         return numbers
+
+    def _side_group(self) -> Any:
+        """Carries objects, which NCCL does not, with a patience of its own.
+
+        Held by the metric, not by the module: a group that outlives the process group aborts the
+        interpreter's exit now and then.
+        """
+        if self._group is None and _world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return self._group
 
     def _judge(self, shards: Sequence[tuple[dict[int, Found], set[int] | None]]) -> tuple[dict, dict]:
         merged: dict[int, Found] = {}
@@ -327,25 +338,19 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-@lru_cache(maxsize=1)
-def _side_group(default: Any) -> Any:
-    """Carries objects, which NCCL does not, and with a patience of its own; one for a default group."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def _gather(mine: Any) -> list[Any] | None:
+def _gather(mine: Any, group: Any) -> list[Any] | None:
     """Every process's object by rank, on rank 0; None elsewhere."""
     if _world_size() == 1:
         return [mine]
     everyone = [None] * _world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone, dst=0, group=_side_group(dist.group.WORLD))
+    dist.gather_object(mine, everyone, dst=0, group=group)
     return everyone
 
 
-def _broadcast(mine: Any) -> Any:
+def _broadcast(mine: Any, group: Any) -> Any:
     """Rank 0's object, everywhere."""
     if _world_size() > 1:
         held = [mine]
-        dist.broadcast_object_list(held, src=0, group=_side_group(dist.group.WORLD))
+        dist.broadcast_object_list(held, src=0, group=group)
         return held[0]
     return mine

@@ -218,6 +218,7 @@ def work(rank: int, world: int, folder: Path, annotations: Path, results: list[d
     partly = metric.compute(metric.reported)
     report = {"whole": whole, "repeated": repeated, "again": again, "partly": partly}
     (folder / f"rank{rank}.json").write_text(json.dumps(report | {"per_class": metric.per_class}))
+    del metric  # with its process group
     dist.barrier()  # nobody leaves while another still reads from it
     dist.destroy_process_group()
 

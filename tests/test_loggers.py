@@ -506,7 +506,7 @@ def test_nobody_at_the_terminal_is_asked(tmp_path, alone):
     """The standard streams are a terminal, there is no key, and nobody types."""
     code = (
         "import sys, tasks.wandb_run; assert 'wandb' not in sys.modules\n"  # the import is late
-        f"logger = tasks.loggers.wandb_logger('p', 'x', folder={str(tmp_path)!r})\n"
+        f"logger = tasks.wandb_run.wandb_logger('p', 'x', folder={str(tmp_path)!r})\n"
         "logger.close(); print('DONE')"
     )
     master, slave = pty.openpty()
