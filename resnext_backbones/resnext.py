@@ -1,141 +1,139 @@
-"""ResNeXt (arXiv 1611.05431) and, with cardinality 1, ResNet (arXiv 1512.03385) and Wide ResNet (1605.07146).
+"""ResNeXt (arXiv 1611.05431); with cardinality 1, ResNet (arXiv 1512.03385) and Wide ResNet (1605.07146)."""
 
-Parameter names are torchvision's, because the world's weights are saved under them.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
 
-from collections.abc import Callable
-from typing import Any, ClassVar
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import BLOCKS, NORMS, Block, BlockSpec, Norm, conv
 from .errors import UsageError
 from .features import FeatureSpec
 from .norm import conv_norm
+from .recompute import recomputed
 
-Norm = Callable[[int], nn.Module]
-
-
-def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps ceil(size / stride); no bias, since a norm follows."""
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+T = TypeVar("T")
 
 
-def shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    """The identity (None) where shapes agree, else a projection: option B of arXiv 1512.03385."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), norm(out_channels))
+def deep_stem(in_channels: int, norm: Norm) -> nn.Sequential:
+    """Three 3×3 convolutions in place of the 7×7 (arXiv 1812.01187, figure 2(b)), under timm's names."""
+    first = [conv(in_channels, 32, 3, stride=2), norm(32), nn.ReLU(inplace=True)]
+    second = [conv(32, 32, 3), norm(32), nn.ReLU(inplace=True)]
+    return nn.Sequential(*first, *second, conv(32, 64, 3))
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions; the block of ResNet-18 and -34."""
-
-    expansion = 1
-
-    def __init__(
-        self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, norm: Norm
-    ) -> None:
-        super().__init__()
-        if cardinality != 1:
-            raise UsageError(
-                f"BasicBlock with cardinality {cardinality}: in a block of depth 2 a group is nothing but "
-                "a wider layer (arXiv 1611.05431, section 3); use Bottleneck, or cardinality 1"
-            )
-        self.conv1 = conv(in_channels, width, 3, stride)
-        self.bn1 = norm(width)
-        self.conv2 = conv(width, out_channels, 3)
-        self.bn2 = norm(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = conv_norm(self.conv2, self.bn2, y)
-        y += x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
-        return F.relu(y, inplace=True)
-
-
-class Bottleneck(nn.Module):
-    """1×1, grouped 3×3, 1×1: the aggregated transformations of figure 3(c).
-
-    The 3×3 convolution strides, as in torchvision's networks and the weights made with them, not the first
-    1×1 as in the ResNet paper.
-    """
-
-    expansion = 4
-
-    def __init__(
-        self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, norm: Norm
-    ) -> None:
-        super().__init__()
-        self.conv1 = conv(in_channels, width, 1)
-        self.bn1 = norm(width)
-        self.conv2 = conv(width, width, 3, stride, groups=cardinality)
-        self.bn2 = norm(width)
-        self.conv3 = conv(width, out_channels, 1)
-        self.bn3 = norm(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
-        y = conv_norm(self.conv3, self.bn3, y)
-        y += x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
-        return F.relu(y, inplace=True)
+STEMS: dict[str, Callable[[int, Norm], nn.Module]] = {
+    "7x7": lambda in_channels, norm: conv(in_channels, 64, 7, stride=2),
+    "deep": deep_stem,
+    "cifar": lambda in_channels, norm: conv(in_channels, 64, 3),
+}
 
 
 class ResNeXt(nn.Module):
     """Images to feature maps c2 … c5, strides 4 … 32 (table 1 of arXiv 1611.05431).
 
     Args:
-        block: `Bottleneck` or `BasicBlock`.
-        depths: blocks in each of the four stages.
+        depths: blocks in each stage; four stages for ImageNet's networks, three for CIFAR's.
         cardinality: the paper's C, the number of groups of a 3×3 convolution.
-        base_width: the paper's d, the channels of one group in the first stage; each stage doubles it.
+        base_width: the paper's d, channels of one group in the first stage; each stage doubles it.
+        block: "bottleneck", "basic", "preact", or a subclass of `Block`.
         in_channels: of the images.
         num_classes: of a classifier on top (`fc`, used by `classify`); None for a body without one.
-        norm: makes the norm for a number of channels.
-    """
+        norm: "batch", "sync", "group" (32 groups), "frozen" (an identity until weights are loaded, so not for
+            training from scratch), or a function that makes the norm for a number of channels.
+        stem: "7x7" or "deep" (three 3×3), with stride 4; or "cifar", one 3×3 with stride 1.
+        output_stride: of the coarsest map. Less than the network's own (32; CIFAR's 4) exchanges strides of
+            the last stages for dilation (arXiv 1706.05587, section 3.1), for semantic segmentation.
+        depthwise: every 3×3 convolution has as many groups as channels; cardinality × base_width is then
+            only the width of the first stage.
+        stride_in_1x1: a bottleneck's first 1×1 convolution strides, not its 3×3.
+        se_reduction: r of squeeze-and-excitation in every block (arXiv 1709.01507 has 16); None for none.
+        stochastic_depth: the probability of leaving out the last block in training; it rises linearly from
+            block to block (arXiv 1603.09382, equation 4).
+        activation_checkpointing: keep only what goes into each block, and compute its inside a second time in
+            the backward pass: less memory, more time, the same numbers.
 
-    # What `freeze` counts, and the receipt of `load_weights` tells apart.
-    stages: ClassVar[dict[str, tuple[str, ...]]] = {
-        "stem": ("conv1", "bn1"),
-        "layer1": ("layer1",),
-        "layer2": ("layer2",),
-        "layer3": ("layer3",),
-        "layer4": ("layer4",),
-    }
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    `stages` says what `freeze` counts, and what the receipt of `load_weights` tells apart.
+
+    Raises `UsageError` for an argument outside its range.
+    """
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
-        depths: tuple[int, int, int, int],
+        depths: Sequence[int],
         cardinality: int = 1,
         base_width: int = 64,
+        *,
+        block: Literal["bottleneck", "basic", "preact"] | type[Block] = "bottleneck",
         in_channels: int = 3,
         num_classes: int | None = None,
-        norm: Norm = nn.BatchNorm2d,
+        norm: Literal["batch", "sync", "group", "frozen"] | Norm = "batch",
+        stem: Literal["7x7", "deep", "cifar"] = "7x7",
+        output_stride: int | None = None,
+        depthwise: bool = False,
+        stride_in_1x1: bool = False,
+        se_reduction: int | None = None,
+        stochastic_depth: float = 0.0,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if not depths:
+            raise UsageError("ResNeXt: depths is empty; give the number of blocks of each stage")
+        depths = [_count(f"depths[{i}]", depth) for i, depth in enumerate(depths)]
+        width = _count("cardinality", cardinality) * _count("base_width", base_width)
+        if not 0 <= stochastic_depth < 1:
+            raise UsageError(f"ResNeXt: stochastic_depth={stochastic_depth} must lie between 0 and 1")
+        make_block: type[Block] = _chosen("block", block, BLOCKS)
+        make_norm: Norm = _chosen("norm", norm, NORMS)
+        if se_reduction is not None:
+            _count("se_reduction", se_reduction)
+        self.cardinality, self.base_width, self.stride_in_1x1 = cardinality, base_width, stride_in_1x1
+        self.activation_checkpointing = activation_checkpointing
+
+        self.conv1 = _chosen("stem", stem, STEMS)(_count("in_channels", in_channels), make_norm)
+        # Blocks with pre-activation begin with a norm of their own.
+        self.bn1 = None if make_block.preactivation else make_norm(64)
+        self.pooled = stem != "cifar"
+        self.stages: dict[str, tuple[str, ...]] = {
+            "stem": ("conv1",) if self.bn1 is None else ("conv1", "bn1")
+        }
         self.features: dict[str, FeatureSpec] = {}
-        self.conv1 = conv(in_channels, 64, 7, stride=2)
-        self.bn1 = norm(64)
-        channels, total_stride = 64, 4
-        for i, depth in zip(range(4), depths, strict=True):
-            width, out_channels = cardinality * base_width * 2**i, 64 * 2**i * block.expansion
+
+        strides = [(4 if self.pooled else 1) * 2**i for i in range(len(depths))]
+        if output_stride is not None and output_stride not in strides:
+            raise UsageError(f"ResNeXt: output_stride={output_stride} must be one of {strides}")
+        limit = output_stride or strides[-1]
+        channels, stride, dilation, n_blocks = 64, strides[0], 1, 0
+        for i, depth in enumerate(depths):
+            goal = min(strides[i], limit)
+            before, dilation = dilation, strides[i] // goal
             blocks = []
-            for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(block(channels, width, out_channels, stride, cardinality, norm))
-                channels, total_stride = out_channels, total_stride * stride
+            for _ in range(depth):
+                n_blocks += 1
+                spec = BlockSpec(
+                    in_channels=channels,
+                    width=width * 2**i,
+                    out_channels=64 * 2**i * make_block.expansion,
+                    stride=goal // stride,
+                    cardinality=width * 2**i if depthwise else cardinality,
+                    dilations=(before, dilation),
+                    stride_in_1x1=stride_in_1x1,
+                    se_reduction=se_reduction,
+                    drop_rate=stochastic_depth * n_blocks / sum(depths),
+                    norm=make_norm,
+                )
+                blocks.append(make_block(spec))
+                channels, stride, before = spec.out_channels, goal, dilation
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-            self.features[f"c{i + 2}"] = FeatureSpec(channels, total_stride)
+            self.stages[f"layer{i + 1}"] = (f"layer{i + 1}",)
+            self.features[f"c{i + 2}"] = FeatureSpec(channels, stride)
+        self.norm = None
+        if make_block.preactivation:  # what the last block has added to is neither normalised nor activated
+            self.norm = make_norm(channels)
+            self.stages[f"layer{len(depths)}"] += ("norm",)
         if num_classes is not None:
-            self.fc = nn.Linear(channels, num_classes)
+            self.fc = nn.Linear(channels, _count("num_classes", num_classes))
 
         # As torchvision. The last norm of a block is left at 1, not 0: frozen at 0 it would switch the
         # block off for good.
@@ -145,67 +143,40 @@ class ResNeXt(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images, float (N, in_channels, H, W), to {"c2": (N, C, ⌈H/4⌉, ⌈W/4⌉), … "c5"}."""
-        x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        c2 = self.layer1(x)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
-        return {"c2": c2, "c3": c3, "c4": c4, "c5": c5}
+        if self.bn1 is None:
+            x = self.conv1(images)
+        else:
+            x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
+        if self.pooled:
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        maps = {}
+        for i, name in enumerate(self.features, start=1):
+            for block in self.get_submodule(f"layer{i}").children():
+                x = recomputed(block, x) if recompute else block(x)
+            maps[name] = x
+        if self.norm is not None:
+            maps[name] = F.relu(self.norm(x), inplace=True)
+        return maps
 
     def classify(self, images: Tensor) -> Tensor:
-        """Normalised images to logits, (N, num_classes)."""
-        x = self(images)["c5"]
+        """Normalised images to logits, (N, num_classes). Raises `UsageError` without `num_classes`."""
+        if not hasattr(self, "fc"):
+            raise UsageError("ResNeXt: a body without a classifier; build it with num_classes=…")
+        *_, x = self(images).values()
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-# The published networks; keyword arguments are `ResNeXt`'s: in_channels, num_classes, norm.
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"ResNeXt: {name}={value!r} must be a whole number of at least 1")
+    return value
 
 
-def resnet18(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(BasicBlock, (2, 2, 2, 2), **kwargs)
-
-
-def resnet34(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(BasicBlock, (3, 4, 6, 3), **kwargs)
-
-
-def resnet50(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 6, 3), **kwargs)
-
-
-def resnet101(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 23, 3), **kwargs)
-
-
-def resnet152(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 8, 36, 3), **kwargs)
-
-
-def wide_resnet50_2(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 6, 3), base_width=128, **kwargs)
-
-
-def wide_resnet101_2(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 23, 3), base_width=128, **kwargs)
-
-
-def resnext26_32x4d(**kwargs: Any) -> ResNeXt:
-    """ResNeXt-50's template at half its depth: small enough to train a detector on a CPU."""
-    return ResNeXt(Bottleneck, (2, 2, 2, 2), cardinality=32, base_width=4, **kwargs)
-
-
-def resnext50_32x4d(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 6, 3), cardinality=32, base_width=4, **kwargs)
-
-
-def resnext101_32x4d(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 23, 3), cardinality=32, base_width=4, **kwargs)
-
-
-def resnext101_32x8d(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 23, 3), cardinality=32, base_width=8, **kwargs)
-
-
-def resnext101_64x4d(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(Bottleneck, (3, 4, 23, 3), cardinality=64, base_width=4, **kwargs)
+def _chosen(name: str, choice: str | T, choices: Mapping[str, T]) -> T:
+    """The thing itself, or the one that goes by this name."""
+    if not isinstance(choice, str):
+        return choice
+    if choice not in choices:
+        raise UsageError(f"ResNeXt: {name}={choice!r} must be one of {', '.join(choices)}")
+    return choices[choice]

@@ -1,139 +1,273 @@
-"""Where weights come from: a torchvision name, a file, a run's folder; and how bytes become named tensors."""
+"""Where weights come from: a file, a run's folder, torchvision's or timm's name, an address."""
 
+import contextlib
 import difflib
 import hashlib
+import os
 import re
 import socket
-import zipfile
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor
 
 from .errors import UsageError
+from .receipt import Normalisation, few
+from .weight_files import SUFFIXES, first_line, read, refuse_pickle, sha256
 
 TORCHVISION_NAME = re.compile(r"\w+_Weights\.\w+")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # as torch.hub has it
+TIMEOUT = 20  # seconds without an answer; the downloaders wait for ever, or try for minutes
 
 
-def find(source: str | Path) -> Path:
-    """The file behind a torchvision name, a run's folder or a path; `UsageError` where there is none."""
-    path, name = Path(source), str(source)
-    if path.is_dir():
-        for kind in ("best", "last"):
-            if (checkpoint := path / "checkpoints" / f"{kind}.ckpt").is_file():
-                return checkpoint
-        raise UsageError(
-            f"{source} is a folder without checkpoints/best.ckpt or last.ckpt; give a run or a file"
-        )
-    if path.is_file():
-        return path
-    if TORCHVISION_NAME.fullmatch(name):
-        return _torchvision_file(name)
+@dataclass(frozen=True)
+class Source:
+    """A file of weights, and what its publisher says of it."""
+
+    path: Path
+    name: str
+    normalisation: Normalisation | None = None
+    licence: str | None = None
+
+
+def find(source: str | Path) -> Source:
+    """The file behind `source`, downloaded if need be; `UsageError` where there is none."""
+    name = str(source)
+    if name.startswith("timm:"):
+        return _of_timm(name.removeprefix("timm:"))
+    if re.match(r"https?://", name, re.IGNORECASE):
+        return Source(_of_address(name), name)
     if "://" in name:
-        raise UsageError(f"{source} is an address; download it, check its SHA-256 and give the file's path")
-    near = _nearest(name, cutoff=0.5) or "ResNeXt50_32X4D_Weights.IMAGENET1K_V2"
+        raise UsageError(f"{source}: only http:// and https:// addresses are fetched; download it yourself")
+    if (path := _local(Path(source))) is not None:
+        return Source(path, name)
+    if TORCHVISION_NAME.fullmatch(name):
+        return _of_torchvision(name)
+    near = _nearest(name, _torchvision_names(), cutoff=0.5) or "ResNeXt50_32X4D_Weights.IMAGENET1K_V2"
     raise UsageError(
-        f"no weights at {source}: give a file, a run's folder, or torchvision's name, such as {near}"
+        f"no weights at {source}: give a file, a run's folder, an address, a name of timm's (timm:NAME), or "
+        f"torchvision's, such as {near}"
     )
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by dotted name; of a checkpoint, those of its `state_dict`.
-
-    Nothing but tensors and plain containers is unpickled. Raises `UsageError` for any file that is not a
-    whole file of weights.
-    """
+def _local(path: Path) -> Path | None:
+    """The file itself, or the checkpoint of a run's folder; None where there is neither."""
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Only the zip format can be mapped; torchvision's older files are of the one before it.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
-        tensors = dict(_flatten(content))
-    except Exception as error:  # whatever a reader says of bytes it did not expect
-        raise UsageError(f"cannot read weights from {path}: {_diagnose(path, error)}") from error
-    if not tensors:
-        raise UsageError(f"{path} holds no tensors under names; give a file of a state_dict")
-    return tensors
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            return None
+    except OSError:  # a name that no file can have
+        return None
+    for kind in ("best", "last"):
+        if (checkpoint := path / "checkpoints" / f"{kind}.ckpt").is_file():
+            return checkpoint
+    raise UsageError(f"{path} is a folder without checkpoints/best.ckpt or last.ckpt; give a run or a file")
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal, of the file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(node, Tensor):
-        yield path, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            if isinstance(key, str):  # an optimizer's moments stand under numbers, and are no weights
-                yield from _flatten(value, f"{path}.{key}" if path else key)
-
-
-def _torchvision_file(name: str) -> Path:
-    """Where torchvision keeps the weights of this name; downloaded if they are not there."""
+def _of_torchvision(name: str) -> Source:
+    """Kept where torchvision keeps its weights, under the name that carries their hash."""
     try:
-        url = torchvision.models.get_weight(name).url
+        weights = torchvision.models.get_weight(name)
     except (ValueError, KeyError):
-        near = _nearest(name, cutoff=0.0)
+        near = _nearest(name, _torchvision_names())
         raise UsageError(f"torchvision has no weights {name}; its nearest names are {near}") from None
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[1])
     digest = path.stem.rsplit("-", 1)[1]
     if not path.is_file():
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # the downloader sets none, and hangs on a network that swallows packets
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except (OSError, RuntimeError) as error:  # no network, no space; another hash
+            with _impatient():
+                torch.hub.download_url_to_file(weights.url, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError, HTTPException) as error:  # no network, no space; another hash
             raise UsageError(
-                f"cannot download {name} ({_first_line(error)}); fetch {url} by other means, put it at {path}"
+                f"cannot download {name} ({first_line(error)}); fetch {weights.url} by other means, put it "
+                f"at {path}"
             ) from error
-        finally:
-            socket.setdefaulttimeout(timeout)
     if not sha256(path).startswith(digest):
         raise UsageError(
             f"{path} is damaged, its SHA-256 does not begin with {digest}; delete it and try again"
         )
+    images = weights.transforms()
+    known = {key: [float(x) for x in getattr(images, key, ())] for key in ("mean", "std")}
+    return Source(
+        path,
+        repr(weights),  # DEFAULT is another name of one of them
+        normalisation=known if known["mean"] else None,
+        licence=weights.meta.get("license"),
+    )
+
+
+def _of_timm(name: str) -> Source:
+    """Kept where the Hugging Face hub's client keeps its files, or by `_of_address`."""
+    try:
+        from timm.models import get_pretrained_cfg, list_pretrained
+    except ImportError as error:
+        raise UsageError(
+            f"timm:{name}: timm is not installed ({first_line(error)}); pip install 'resnext-backbones[timm]'"
+        ) from error
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError:  # the architecture exists, the tag does not
+        cfg = None
+    if cfg is None or not cfg.has_weights:
+        names = list_pretrained()
+        kin = [n for n in names if n.partition(".")[0] == name.partition(".")[0]]
+        near = _nearest(name, kin or names)
+        raise UsageError(f"timm:{name[:100]}: timm has no such weights; its nearest names are {near}")
+    return Source(
+        _of_hub(cfg) if cfg.hf_hub_id else _of_address(str(cfg.url)),
+        f"timm:{cfg.architecture}.{cfg.tag}" if cfg.tag else f"timm:{cfg.architecture}",
+        normalisation={"mean": [float(x) for x in cfg.mean], "std": [float(x) for x in cfg.std]},
+        licence=None if cfg.license == "unknown" else cfg.license,
+    )
+
+
+def _of_hub(cfg: Any) -> Path:
+    """The file of a timm configuration, from the hub client's cache if it is there, else from the hub."""
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, tag = cfg.hf_hub_id.partition("@")
+    revision = tag or None
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in files:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return _undamaged(Path(cached))
+    for file in files:
+        url = hf_hub_url(repository, file, revision=revision)
+        try:
+            get_hf_file_metadata(url, timeout=TIMEOUT)  # asks once, where the download would ask for minutes
+            return Path(hf_hub_download(repository, file, revision=revision))
+        except Exception as error:  # the client's own kinds change from release to release
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue
+            raise UsageError(
+                f"cannot download {repository} ({first_line(error)}); fetch {url} by other means and give "
+                "the file's path"
+            ) from error
+    raise UsageError(
+        f"{repository} has none of {', '.join(files)}; fetch its weights and give the file's path"
+    )
+
+
+def _undamaged(path: Path) -> Path:
+    """The hub client's cache links to a file that is named by its SHA-256."""
+    if path.is_symlink():
+        blob = path.parent / os.readlink(path)
+        if re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+            raise UsageError(f"{blob} is damaged, its SHA-256 is not its name; delete it and try again")
     return path
 
 
-def _nearest(name: str, cutoff: float) -> str:
-    models = torchvision.models
-    names = {
-        f"{weights.__name__}.{member}".lower(): f"{weights.__name__}.{member}"
-        for weights in map(models.get_model_weights, models.list_models())
-        for member in weights.__members__
-        if TORCHVISION_NAME.fullmatch(f"{weights.__name__}.{member}")  # not the quantised ones
-    }
-    return ", ".join(names[near] for near in difflib.get_close_matches(name.lower(), names, 3, cutoff))
+def _of_address(url: str) -> Path:
+    """The file at an address, downloaded once and kept under its SHA-256, which later uses check.
+
+    What it must be stands behind the address (`#sha256=` and 64 digits) or in its last name, torch.hub's way
+    (`-1a0047aa.pth`). Otherwise what comes first is trusted, and the receipt shows what to pin.
+    """
+    address, digest = _parsed(url)
+    path = urlsplit(address).path
+    suffix = Path(path).suffix.lower()
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = Path(torch.hub.get_dir(), "resnext_backbones", key)
+    kept = [file for file in folder.glob(f"*{suffix}") if re.fullmatch(f"{digest}[0-9a-f]*", file.stem)]
+    if len(kept) > 1:
+        versions = few(file.stem for file in kept)
+        raise UsageError(
+            f"{folder} has several versions of {address}: {versions}; add #sha256= and the digits of one, or "
+            "delete the others"
+        )
+    if not kept:
+        return _downloaded(address, digest, folder, suffix)
+    if sha256(kept[0]) != kept[0].stem:
+        raise UsageError(f"{kept[0]} is damaged, its SHA-256 is not its name; delete it and try again")
+    return kept[0]
 
 
-def _diagnose(path: Path, error: Exception) -> str:
+def _parsed(url: str) -> tuple[str, str]:
+    """The address without its fragment, and the SHA-256 or its beginning that is asked of the file."""
+    address, _, fragment = url.partition("#")
     try:
-        with path.open("rb") as file:
-            head = file.read(200).lstrip()
-    except OSError as fault:
-        return _first_line(fault)
-    if not head:
-        return "the file is empty; download or copy it again"
-    if head.startswith(b"<"):
-        return "it is a web page; download the file itself"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; run `git lfs pull`"
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return "it is cut short; download or copy it again"
-    if "Weights only load failed" in str(error) and head.startswith((b"PK", b"\x80")):
-        return "it holds more than tensors, which could run code when unpickled; save its state_dict alone"
-    return f"it is damaged or no file of weights ({_first_line(error)}); download or copy it again"
+        parts = urlsplit(address)
+        known = bool(parts.hostname) and parts.username is None and address.isascii()
+    except ValueError:
+        known = False
+    if not known or not address.isprintable():
+        shown = ascii(address.rpartition("@")[2])[1:-1]
+        raise UsageError(f"{shown} is no address to fetch; give http(s)://host/name without user or password")
+    path = Path(parts.path)
+    refuse_pickle(path, address)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{address} must end in one of {', '.join(SUFFIXES)}, to say how the file is read")
+    if fragment:
+        if not (pin := re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)):
+            raise UsageError(f"{url}: after # can only stand sha256= and 64 hexadecimal digits")
+        return address, pin[1].lower()
+    in_name = HASH_IN_NAME.search(path.name)
+    return address, in_name[1] if in_name else ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _downloaded(address: str, digest: str, folder: Path, suffix: str) -> Path:
+    """Nothing but a whole file of weights with the right SHA-256 stays in `folder`, under its SHA-256."""
+    part = folder / f".{uuid.uuid4().hex}{suffix}"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _impatient():
+                torch.hub.download_url_to_file(address, str(part))
+        except (OSError, ValueError, HTTPException) as error:
+            raise UsageError(
+                f"cannot download {address} ({first_line(error)}); check the address, or fetch it by other "
+                "means and give the file's path"
+            ) from error
+        found = sha256(part)
+        if not found.startswith(digest):
+            raise UsageError(
+                f"{address}: the SHA-256 of what came is {found}, not {digest}…; add #sha256={found} only if "
+                "you know it to be right"
+            )
+        read(part, address)  # a download cut short, or a web page in its place, ends here
+        os.replace(part, folder / f"{found}{suffix}")
+    finally:
+        part.unlink(missing_ok=True)
+    return folder / f"{found}{suffix}"
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """A time limit for torch.hub's downloader, which sets none and hangs where packets are swallowed."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _torchvision_names() -> list[str]:
+    models = torchvision.models
+    return [
+        repr(member)
+        for weights in map(models.get_model_weights, models.list_models())
+        for member in weights
+        if TORCHVISION_NAME.fullmatch(repr(member))  # not the quantised ones
+    ]
+
+
+def _nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str:
+    known = {near.lower(): near for near in names}
+    close = difflib.get_close_matches(name[:100].lower(), known, 3, cutoff)
+    return ", ".join(known[near] for near in close)

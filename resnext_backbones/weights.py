@@ -1,72 +1,17 @@
-"""Weights from elsewhere into a body, with a receipt; and the freezing of what need not be learned again."""
+"""Weights into a body, with a receipt, and out of it; the freezing of what need not be learned again."""
 
-import dataclasses
+import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from . import sources
+from . import sources, weight_files
 from .errors import UsageError
+from .foreign_names import torchvision_names
 from .norm import freeze_norms
-
-
-@dataclass(frozen=True)
-class Clash:
-    """A tensor whose shape in the body (`here`) is not that in the source (`there`)."""
-
-    name: str
-    here: tuple[int, ...]
-    there: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} is {list(self.here)} here, {list(self.there)} there"
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What `load_weights` did. Names are the body's, but for `unexpected`, which are the source's.
-
-    `prefix` stood before the body's names in the source. `sha256` is that of the file. `stages` counts by
-    stage. Batch norm's `num_batches_tracked`, with which nothing here computes, is neither loaded nor
-    counted.
-    """
-
-    source: str
-    sha256: str
-    prefix: str
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    clashing: tuple[Clash, ...]
-    stages: dict[str, dict[str, int]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers, for a checkpoint, JSON or a logger."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("loaded", "missing", "unexpected"):
-            plain[name] = list(plain[name])
-        plain["clashing"] = [
-            {"name": clash.name, "here": list(clash.here), "there": list(clash.there)}
-            for clash in self.clashing
-        ]
-        plain["stages"] = {stage: dict(counts) for stage, counts in self.stages.items()}
-        return plain
-
-    def __str__(self) -> str:
-        prefix = f", prefix {self.prefix!r}" if self.prefix else ""
-        lines = [f"weights: {self.source} (SHA-256 {self.sha256[:12]}…{prefix})"]
-        columns = ("loaded", "missing", "clashing")
-        lines.append("  " + "stage".ljust(8) + "".join(column.rjust(10) for column in columns))
-        for stage, counts in self.stages.items():
-            lines.append("  " + stage.ljust(8) + "".join(str(counts[column]).rjust(10) for column in columns))
-        lines += [f"  missing: {_few(self.missing)}"] if self.missing else []
-        lines += [f"  clashing: {_few(map(str, self.clashing))}"] if self.clashing else []
-        lines += [f"  not used: {_few(self.unexpected)}"] if self.unexpected else []
-        return "\n".join(lines)
+from .receipt import Clash, Normalisation, Receipt, few
 
 
 def load_weights(
@@ -78,62 +23,141 @@ def load_weights(
     """Copy into `body` the tensors of `source` that bear its names.
 
     Args:
-        body: any module; names are matched below the prefix under which most of them fit.
-        source: a torchvision name (`ResNeXt50_32X4D_Weights.IMAGENET1K_V2`, downloaded once and checked
-            against its hash); a `.safetensors` file; a file of `torch.save` (`.pth`, `.pt`, `.ckpt`), this
-            project's checkpoints among them; or a run's folder (`checkpoints/best.ckpt`, else `last.ckpt`).
-            Nothing is unpickled but tensors and plain containers.
+        body: any module; names are matched below the prefix under which most of them fit. Where it wraps
+            somebody else's network, its `weights_prefix` ("net.") is no part of the names in the source.
+        source: one of these.
+
+            - A torchvision name (`ResNeXt50_32X4D_Weights.IMAGENET1K_V2`) or a timm name, with or without its
+              tag (`timm:resnext50_32x4d.a1_in1k`; needs the extra `timm`).
+            - An address, `https://…/name.safetensors`, with its SHA-256 behind it (`#sha256=` and 64 digits)
+              or, torch.hub's way, in its name (`name-1a0047aa.pth`). Without either, the first download is
+              trusted, and later uses are checked against it.
+            - A `.safetensors` file, a file of `torch.save` (`.pth`, `.pt`, `.ckpt`, `.bin`), this project's
+              checkpoints among them, or a run's folder (`checkpoints/best.ckpt`, else `last.ckpt`).
+
+            What is downloaded is kept and checked; nothing is unpickled but tensors and plain containers.
+            Detectron2's and Caffe2's names are understood in `.safetensors` files whose metadata says
+            `channel_order`, RGB or BGR; a BGR network is turned to read RGB.
         allow_partial: True accepts a load that leaves tensors of the body as they are, since they are missing
             in the source or have another shape there; the names of stages (`("fc",)`) accept it only there.
         prefix: said explicitly, where a source holds the body twice.
 
+    A first convolution of three input channels is fitted to a body with another number of them: one channel
+    gets the sum over RGB, so that a grey image gives what its RGB copy gave; n channels get RGB repeated,
+    times 3 ÷ n (timm/models/_manipulate.py). From another number than three nothing is fitted.
+
     Raises `UsageError`, and leaves the body untouched, where the source cannot be read or does not cover the
     body.
     """
-    path = sources.find(source)
-    tensors = sources.read(path)
-    needed = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
-    prefix = _prefix(tensors, needed, source) if prefix is None else prefix and prefix.rstrip(".") + "."
+    file = sources.find(source)
+    tensors, metadata = weight_files.read(file.path)
+    tensors = torchvision_names(tensors, metadata, file.path)
+    normalisation = file.normalisation or weight_files.normalisation_of(metadata, str(source))
+    _check_strides(body, metadata, source)
 
-    found = {name: tensors[prefix + name] for name in needed if prefix + name in tensors}
+    state = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
+    own = {name.removeprefix(getattr(body, "weights_prefix", "")): name for name in state}
+    fits = _fits(tensors, {there: state[name] for there, name in own.items()})
+    if prefix is None:
+        prefix = _best_prefix(fits, tensors, own, source)
+    elif prefix:
+        prefix = prefix.rstrip(".") + "."
+    found = {name: tensors[prefix + there] for there, name in own.items() if prefix + there in tensors}
+    adapted = _fit_stem(body, found, weight_files.reads_bgr(metadata, str(source)), source)
+
     clashing = [
-        Clash(name, tuple(needed[name].shape), tuple(tensor.shape))
+        Clash(name, tuple(state[name].shape), tuple(tensor.shape))
         for name, tensor in found.items()
-        if tensor.shape != needed[name].shape
+        if tensor.shape != state[name].shape
     ]
-    clashing_names = {clash.name for clash in clashing}
-    missing = [name for name in needed if name not in found]
+    clashing_names = [clash.name for clash in clashing]
+    missing = [name for name in state if name not in found]
     loaded = [name for name in found if name not in clashing_names]
+    under = f"under the prefix {prefix!r}{_better_prefix(fits, prefix)}"
     if not loaded:
         raise UsageError(
-            f"{source} holds nothing that fits {type(body).__name__} under the prefix {prefix!r}: it has "
-            f"{_few(tensors)}, wanted are {_few(needed)}; take weights of the same network"
+            f"{source}: 0 of {len(state)} tensors of {type(body).__name__} fit {under}; it has "
+            f"{few(tensors)}, wanted are {few(own)}; take weights of the same network"
         )
-
     excused = _excused(body, allow_partial)
     faults = [f"{name} is missing" for name in missing if _stage(body, name) not in excused]
     faults += [str(clash) for clash in clashing if _stage(body, clash.name) not in excused]
     if faults:
         raise UsageError(
-            f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(needed)} tensors fit "
-            f"(prefix {prefix!r}), but {_few(faults)}; build the network they are of, or set allow_partial"
+            f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(state)} tensors fit "
+            f"{under}, but {few(faults)}; build the network they are of, or set allow_partial"
         )
-    broken = [name for name in loaded if not found[name].isfinite().all()]
-    if broken:
-        raise UsageError(f"{source} holds NaN or infinite values in {_few(broken)}; take another file")
+    new = {name: _converted(found[name], state[name], name, source) for name in loaded}
 
-    body.load_state_dict({name: found[name] for name in loaded}, strict=False)
-    used = {prefix + name for name in found}
+    body.load_state_dict(new, strict=False)
+    used = {prefix + there for there in own}
     return Receipt(
-        source=str(source),
-        sha256=sources.sha256(path),
+        source=file.name,
+        sha256=weight_files.sha256(file.path),
         prefix=prefix,
-        loaded=tuple(loaded),
-        missing=tuple(missing),
-        unexpected=tuple(name for name in tensors if name not in used and not _is_counter(name)),
+        normalisation=normalisation,
+        licence=file.licence or metadata.get("licence"),
+        metadata=metadata,
+        stages=_by_stage(body, loaded=loaded, missing=missing, clashing=clashing_names),
         clashing=tuple(clashing),
-        stages=_count(body, loaded=loaded, missing=missing, clashing=sorted(clashing_names)),
+        adapted=adapted,
+        unexpected=tuple(name for name in tensors if name not in used and not _is_counter(name)),
     )
+
+
+def save_weights(
+    body: nn.Module,
+    path: str | Path,
+    *,
+    normalisation: Normalisation | None = None,
+    licence: str | None = None,
+    source: str | None = None,
+    **metadata: str,
+) -> None:
+    """Write the tensors of `body` as `.safetensors`, from which `load_weights` restores them to the last bit.
+
+    The file is complete or not there at all. It says what the network is called, what its `features` are, and
+    what is given here.
+
+    Args:
+        body: any module. A `weights_prefix` is left out of the names, so that who wrapped a published network
+            writes a file in the published names.
+        path: ends in `.safetensors`, in a folder that exists; a file that stands there is replaced.
+        normalisation: {"mean": […], "std": […]} of the images that the body was trained on, RGB in 0…1; the
+            `normalisation` of a receipt is one.
+        licence: of the weights, as an SPDX identifier where there is one.
+        source: what the weights were made from.
+        metadata: more of the kind, `epochs="12"`.
+
+    Raises `UsageError` for a path that cannot be written, tensors that are not finite, or metadata that is no
+    text.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise UsageError(f"{path}: weights are saved as NAME.safetensors in a folder that exists")
+    known = {"network": type(body).__name__}
+    if any(hasattr(module, "stride_in_1x1") for module in body.modules()):
+        known["stride_in_1x1"] = str(_strides_in_1x1(body)).lower()
+    if isinstance(features := getattr(body, "features", None), dict):
+        known["features"] = json.dumps({name: vars(spec) for name, spec in features.items()})
+    if normalisation is not None:
+        try:
+            known["normalisation"] = json.dumps(weight_files.checked_normalisation(normalisation))
+        except (ValueError, LookupError, TypeError) as error:
+            raise UsageError(
+                f'normalisation={normalisation!r:.80}: give {{"mean": […], "std": […]}}, a number a channel'
+            ) from error
+    known |= {key: text for key, text in (("licence", licence), ("source", source)) if text is not None}
+    for key, text in {**known, **metadata}.items():
+        if not isinstance(text, str) or (key in metadata and key in known):
+            raise UsageError(
+                f"metadata {key}={text!r:.80}: give text, under a name other than {', '.join(known)}"
+            )
+    state = body.state_dict()
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UsageError(f"{path} is not written: NaN or infinite values in {few(broken)}")
+    prefix = getattr(body, "weights_prefix", "")
+    weight_files.write(path, {name.removeprefix(prefix): x for name, x in state.items()}, known | metadata)
 
 
 def freeze(body: nn.Module, at: int) -> None:
@@ -158,30 +182,100 @@ def freeze(body: nn.Module, at: int) -> None:
             body.set_submodule(name, freeze_norms(module))
 
 
-def _prefix(tensors: dict[str, Tensor], needed: dict[str, Tensor], source: str | Path) -> str:
-    """The prefix under which most of the body's tensors are in the source, those of the same shape first."""
+def _fits(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """How many of the body's tensors stand under each prefix of the source: of its shape, and by name."""
     names: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
+    depth = max((name.count(".") + 1 for name in needed), default=0)
     for key, tensor in tensors.items():
         parts = key.split(".")
-        for i in range(len(parts)):
+        for i in range(max(0, len(parts) - depth), len(parts)):
             name = ".".join(parts[i:])
             if name in needed:
                 prefix = key.removesuffix(name)
                 names[prefix] += 1
                 shapes[prefix] += tensor.shape == needed[name].shape
-    if not names:
+    return {prefix: (shapes[prefix], names[prefix]) for prefix in names}
+
+
+def _best_prefix(
+    fits: Mapping[str, tuple[int, int]], has: Collection[str], wanted: Collection[str], source: str | Path
+) -> str:
+    """The prefix under which most of the body's tensors are in the source, those of the same shape first."""
+    if not fits:
         raise UsageError(
-            f"{source} has none of the names wanted under any prefix: it has {_few(tensors)}, wanted are "
-            f"{_few(needed)}; take weights of the same network"
+            f"{source} has none of the names wanted under any prefix: it has {few(has)}, wanted are "
+            f"{few(wanted)}; take weights of the same network"
         )
-    score = {prefix: (shapes[prefix], names[prefix]) for prefix in names}
-    best = [prefix for prefix in score if score[prefix] == max(score.values())]
+    most = max(fits.values())
+    best = [prefix for prefix, fit in fits.items() if fit == most]
     if len(best) > 1:
         raise UsageError(
-            f"{source} fits equally well under the prefixes {_few(map(repr, best))}; give prefix=…"
+            f"{source} fits equally well under the prefixes {few(map(repr, best))}; give prefix=…"
         )
     return best[0]
+
+
+def _better_prefix(fits: Mapping[str, tuple[int, int]], prefix: str) -> str:
+    """What to say where more fits under another prefix than under this one."""
+    best = max(fits, key=lambda known: fits[known], default=prefix)
+    better = fits.get(best, (0, 0)) > fits.get(prefix, (0, 0))
+    return f" (under {few([repr(best)])} {fits[best][0]} fit)" if better else ""
+
+
+def _fit_stem(body: nn.Module, found: dict[str, Tensor], bgr: bool, source: str | Path) -> tuple[str, ...]:
+    """Make the first convolution read RGB, and as many channels as the body has; says what it did."""
+    convolutions = ((name, m) for name, m in body.named_modules() if isinstance(m, nn.Conv2d))
+    name, conv = next(convolutions, ("", None))
+    name = f"{name}.weight".removeprefix(".")
+    if conv is None or name not in found:
+        return ()
+    weight = found[name]
+    if bgr and (weight.ndim != 4 or weight.shape[1] != 3):
+        raise UsageError(
+            f"{source} is said to read BGR, but {name} is {list(weight.shape)}: not of 3 channels"
+        )
+    if bgr:
+        weight = found[name] = weight.flip(1)
+    n, here = conv.in_channels, conv.weight.shape
+    same_but_channels = weight.ndim == 4 and (weight.shape[0], *weight.shape[2:]) == (here[0], *here[2:])
+    if n == 3 or conv.groups != 1 or not same_but_channels or weight.shape[1] != 3:
+        return ()
+    weight = weight.float()
+    found[name] = (
+        weight.sum(1, keepdim=True) if n == 1 else weight.repeat(1, -(-n // 3), 1, 1)[:, :n] * (3 / n)
+    )
+    return (f"{name}: 3 → {n} input channels",)
+
+
+def _check_strides(body: nn.Module, metadata: Mapping[str, str], source: str | Path) -> None:
+    """Where a bottleneck strides cannot be seen in its weights; with the other way they are worth little."""
+    if "stride_in_1x1" not in metadata:
+        return
+    said = metadata["stride_in_1x1"].lower()
+    if said not in ("true", "false"):
+        raise UsageError(f"{source}: its metadata has stride_in_1x1={few([said])}; it must be true or false")
+    if (said == "true") != _strides_in_1x1(body):
+        raise UsageError(
+            f"{source} is of a network with stride_in_1x1={said}, unlike this {type(body).__name__}; build "
+            f"it with stride_in_1x1={said}"
+        )
+
+
+def _strides_in_1x1(body: nn.Module) -> bool:
+    return any(getattr(module, "stride_in_1x1", False) for module in body.modules())
+
+
+def _converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> Tensor:
+    """The tensor in the body's dtype, if it can stand there."""
+    if here.is_floating_point() and not tensor.is_floating_point():
+        raise UsageError(
+            f"{source} has {tensor.dtype} in {few([name])}; take weights that are floating-point"
+        )
+    tensor = tensor.to(here.dtype)
+    if not tensor.isfinite().all():
+        raise UsageError(f"{source} holds NaN or infinite values in {few([name])}; take another file")
+    return tensor
 
 
 def _excused(body: nn.Module, allow_partial: bool | Collection[str]) -> set[str]:
@@ -197,20 +291,16 @@ def _stage(body: nn.Module, name: str) -> str:
     return name.split(".")[0]
 
 
-def _count(body: nn.Module, **fates: list[str]) -> dict[str, dict[str, int]]:
+def _by_stage(body: nn.Module, **fates: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:
     order = dict.fromkeys(_stage(body, name) for name in body.state_dict())
-    counts = {stage: dict.fromkeys(fates, 0) for stage in order}
-    for fate, names in fates.items():
-        for name in names:
-            counts[_stage(body, name)][fate] += 1
-    return counts
+    return {
+        stage: {
+            fate: tuple(name for name in names if _stage(body, name) == stage)
+            for fate, names in fates.items()
+        }
+        for stage in order
+    }
 
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
-
-
-def _few(names: Iterable[str], limit: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

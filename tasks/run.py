@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from resnext_backbones import Receipt, freeze, freeze_norms, load_weights
@@ -27,6 +28,7 @@ from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
 from tasks.data.check import check_dataset, start_report
 from tasks.data.module import CocoData
 from tasks.folder import best_of, of_checkpoint, open_folder, resumed
+from tasks.pretrained import keep_receipt, normalisation, other_normalisation, refuse_idle_norms
 from tasks.provenance import git_state, versions, without_secrets, write_summary
 from tasks.wandb_run import WandbLogger, wandb_logger
 
@@ -93,7 +95,9 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
             raise UsageError("the check found what would end training or evaluation; it is listed above")
     if set(stages) & set(STAGE):
         task, receipt = build_task(cfg, data)
-        write_summary(folder, {"weights": receipt and receipt.as_dict()})
+        if cfg.resume is None:  # a run that goes on keeps the receipt it began with
+            summary["weights"] = receipt and keep_receipt(receipt, folder)
+            write_summary(folder, summary)
         trainer = build_trainer(cfg, folder, summary)
         try:
             results: dict[str, float] = {}
@@ -157,7 +161,10 @@ def build_task(cfg: DictConfig, data: CocoData) -> tuple[BaseTask, Receipt | Non
     task.record = {
         "config": without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         "categories": data.categories,
+        "normalisation": normalisation(model),
     }
+    if receipt is not None and (warning := other_normalisation(receipt, model, body)):
+        say(Text(warning))
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{type(model).__name__} on {cfg.backbone._target_.rpartition('.')[2]}: {parameters:,} parameters")
     return task, receipt
@@ -177,9 +184,12 @@ def build_body(cfg: DictConfig) -> tuple[nn.Module, Receipt | None]:
     arguments = OmegaConf.masked_copy(cfg.backbone, [key for key in cfg.backbone if key not in HAND_OVER])
     body = build(OmegaConf.create({"backbone": arguments}), "backbone")
     receipt = None
-    if weights is not None and cfg.resume is None and cfg.ckpt_path is None:
-        receipt = load_weights(body, weights)
-        say(receipt)
+    if cfg.resume is None and cfg.ckpt_path is None:
+        if weights is not None:
+            receipt = load_weights(body, weights)
+            say(Text(str(receipt)))  # as text, since rich would unfold the dataclass
+        else:
+            refuse_idle_norms(body)
     if frozen_norms if frozen_norms is not None else weights is not None:
         freeze_norms(body)
     freeze(body, freeze_at if freeze_at is not None else 2 if weights is not None else 0)
@@ -205,7 +215,7 @@ def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> 
 
 
 def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> list[Logger]:
-    provenance = {key: summary[key] for key in ("command", "versions", "git")}
+    provenance = {key: summary[key] for key in ("command", "versions", "git", "weights") if key in summary}
     config = {**OmegaConf.to_container(cfg, resolve=True), **provenance}  # type: ignore[dict-item]
     loggers = [build(cfg.logger, name) for name in cfg.logger if name != "wandb"]
     wandb = wandb_logger(

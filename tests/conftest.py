@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import open_dict
+
+from resnext_backbones import ResNeXt, variants
 
 torch.set_num_threads(1)  # small tensors: threads would only get into each other's way
 
@@ -49,6 +52,18 @@ SMALL = [  # a detector that trains a step in a fraction of a second
     "callbacks.pictures.images=2",
     "logger.wandb.mode=disabled",
 ]
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ResNeXt]:
+    """Builds a published network with one block a stage: its widths and options in a fraction of the time."""
+
+    def build(name: str, **kwargs: Any) -> ResNeXt:
+        with monkeypatch.context() as patch:
+            patch.setattr(variants, "ResNeXt", lambda depths, *a, **k: ResNeXt([1] * len(depths), *a, **k))
+            return variants.VARIANTS[name].build(**kwargs)
+
+    return build
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from resnext_backbones import (
     FPN,
-    BasicBlock,
-    Bottleneck,
     FeatureSpec,
     ResNeXt,
     UsageError,
@@ -24,7 +22,7 @@ from resnext_backbones import (
 
 
 def tiny() -> ResNeXt:
-    return ResNeXt(BasicBlock, (1, 1, 1, 1), base_width=8)
+    return ResNeXt((1, 1, 1, 1), block="basic", base_width=8)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +106,6 @@ def test_faults_of_use_are_named() -> None:
 
 
 def test_grouped_body_trains_under_the_pyramid() -> None:
-    fpn = FPN(ResNeXt(Bottleneck, (1, 1, 1, 1), cardinality=8, base_width=4), 32)
+    fpn = FPN(ResNeXt((1, 1, 1, 1), cardinality=8, base_width=4), 32)
     sum(x.square().mean() for x in fpn(torch.randn(2, 3, 64, 64)).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in fpn.parameters())

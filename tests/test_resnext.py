@@ -6,7 +6,7 @@ import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnext_backbones
-from resnext_backbones import BasicBlock, Bottleneck, ResNeXt, UsageError, check_backbone
+from resnext_backbones import ResNeXt, UsageError, check_backbone
 
 # With 1000 classes, as torchvision documents them; 101_32x4d, which it lacks, as timm does.
 PARAMETERS = {
@@ -107,10 +107,8 @@ def test_initialisation_is_torchvisions(name: str) -> None:
 
 
 def test_keeps_the_contract() -> None:
-    check_backbone(ResNeXt(BasicBlock, (1, 1, 1, 1), base_width=16, in_channels=1), in_channels=1)
-    check_backbone(
-        ResNeXt(Bottleneck, (1, 1, 1, 2), cardinality=8, base_width=4, in_channels=4), in_channels=4
-    )
+    check_backbone(ResNeXt((1, 1, 1, 1), block="basic", base_width=16, in_channels=1), in_channels=1)
+    check_backbone(ResNeXt((1, 1, 1, 2), cardinality=8, base_width=4, in_channels=4), in_channels=4)
 
 
 def test_from_scratch_nothing_is_frozen() -> None:
@@ -137,10 +135,10 @@ def test_without_classes_there_is_no_fc() -> None:
 
 def test_grouped_basic_block_is_refused() -> None:
     with pytest.raises(UsageError, match=r"cardinality 32.*use Bottleneck"):
-        ResNeXt(BasicBlock, (2, 2, 2, 2), cardinality=32)
+        ResNeXt((2, 2, 2, 2), cardinality=32, block="basic")
 
 
 def test_another_norm() -> None:
-    net = ResNeXt(Bottleneck, (1, 1, 1, 1), 2, 4, norm=lambda channels: torch.nn.GroupNorm(4, channels))
+    net = ResNeXt((1, 1, 1, 1), 2, 4, norm=lambda channels: torch.nn.GroupNorm(4, channels))
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
     check_backbone(net, sizes=((64, 65),))

@@ -1,5 +1,6 @@
 """A run from its configuration to its folder, on a handful of images."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,12 +11,16 @@ import torch
 from conftest import ROOT, SMALL
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from wandb_records import read_run
 
+from resnext_backbones import Receipt, resnet18
 from resnext_backbones.errors import UsageError
+from resnext_backbones.weights import save_weights
 from tasks.base import DivergedError
 from tasks.checkpoint import read_checkpoint
 from tasks.loggers import read_metrics
+from tasks.pretrained import normalisation, other_normalisation
 
 
 def losses(folder):
@@ -59,6 +64,65 @@ def test_a_run_leaves_everything_in_its_folder(start, capsys):
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["record"]["categories"][0] == {"id": 1, "name": "circle"}
     assert checkpoint["record"]["config"]["backbone"]["_target_"] == "resnext_backbones.resnet18"
+
+
+def test_a_run_keeps_the_receipt_of_its_weights(start, tmp_path, capsys):
+    path = tmp_path / "body.safetensors"
+    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    save_weights(resnet18(), path, normalisation=statistics, licence="CC0-1.0")
+    folder = start(
+        f"backbone.weights={path}", "stages=fit", "trainer.max_epochs=1", "logger.wandb.mode=offline"
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    theirs, ours = (
+        "(0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)",
+        "(0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)",
+    )
+    assert f"warning: {path} was trained on RGB in 0…1 with mean {theirs}" in printed
+    assert f"normalises with mean {ours}" in printed
+    assert "licence: CC0-1.0" in printed
+
+    receipt = json.loads((folder / "weights.json").read_text())
+    assert receipt["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert receipt["stages"]["stem"]["loaded"][0] == "conv1.weight"
+    brief = json.loads((folder / "summary.json").read_text())["weights"]
+    names = "source", "sha256", "prefix", "normalisation", "licence", "counts", "adapted"
+    assert brief == {name: receipt[name] for name in names} | {"unexpected": 0}
+    (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    assert read_run(record)["config"]["weights"] == brief
+
+    # A run that goes on keeps it; one that begins with this one's body knows what its images were.
+    start(f"resume={folder}", "trainer.max_epochs=2")
+    assert json.loads((folder / "summary.json").read_text())["weights"] == brief
+    capsys.readouterr()
+    second = start(f"backbone.weights={folder}", "stages=fit", "trainer.max_epochs=1")
+    assert "warning:" not in capsys.readouterr().out
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert json.loads((second / "weights.json").read_text())["normalisation"] == imagenet
+
+
+def test_a_body_may_convert_the_images_itself():
+    statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    receipt = Receipt("x", "", "", statistics, None, {}, {}, (), (), ())
+    model, body = nn.Module(), nn.Module()
+    assert other_normalisation(receipt, model, body) is None  # which says nothing of its images
+    model.mean, model.std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    assert normalisation(model) == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert "(0.5, 0.5, 0.5)" in other_normalisation(receipt, model, body)
+    body.normalisation = statistics
+    assert other_normalisation(receipt, model, body) is None
+
+
+def test_frozen_norms_without_statistics_are_refused(start, tmp_path):
+    with pytest.raises(UsageError, match=r"bn1 .*backbone\.weights="):
+        start("+backbone.norm=frozen", "stages=fit")
+    save_weights(resnet18(), tmp_path / "a.safetensors")
+    start(
+        "+backbone.norm=frozen",
+        f"backbone.weights={tmp_path / 'a.safetensors'}",
+        "stages=fit",
+        "trainer.max_epochs=1",
+    )
 
 
 def test_saved_predictions_give_the_reported_numbers(start, tiny_shapes):

@@ -2,25 +2,24 @@
 
 import hashlib
 import json
-import os
-import pickle
+import math
 import re
-import urllib.error
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import torchvision
+from small_weights import STAGES, assert_holds, refused, state_of, tiny, under
+from timm.models import adapt_input_conv
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 
 from resnext_backbones import (
     FPN,
-    BasicBlock,
     FrozenBatchNorm2d,
     ResNeXt,
     UsageError,
@@ -28,33 +27,9 @@ from resnext_backbones import (
     freeze_norms,
     load_weights,
     resnet18,
+    resnext26_32x4d,
 )
-
-State = dict[str, torch.Tensor]
-
-# Counted by hand: a norm has 4 tensors, a basic block 2 × (1 + 4), its projection 1 + 4.
-STAGES = {"stem": 5, "layer1": 10, "layer2": 15, "layer3": 15, "layer4": 15}
-
-
-def tiny(**kwargs: Any) -> ResNeXt:
-    return ResNeXt(BasicBlock, (1, 1, 1, 1), base_width=8, **kwargs)
-
-
-def state_of(**kwargs: Any) -> State:
-    """Of a network whose every tensor, statistics among them, is random."""
-    state = tiny(**kwargs).state_dict()
-    return {k: torch.rand_like(v) + 0.5 if v.is_floating_point() else v + 7 for k, v in state.items()}
-
-
-def under(prefix: str, state: State) -> State:
-    return {prefix + name: value for name, value in state.items()}
-
-
-def assert_holds(body: nn.Module, state: State) -> None:
-    for name, value in body.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert torch.equal(value, state[name]), name
-
+from resnext_backbones.weights import save_weights
 
 # Every kind of source
 
@@ -110,7 +85,7 @@ def test_files_of_torch(content: dict[str, Any], prefix: str, legacy: bool, tmp_
     assert_holds(body, {name.removeprefix(inner): value for name, value in state.items()})
     assert receipt.prefix == prefix
     assert receipt.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert {stage: counts["loaded"] for stage, counts in receipt.stages.items()} == STAGES
+    assert {stage: counts["loaded"] for stage, counts in receipt.counts.items()} == STAGES
     assert len(receipt.loaded) == sum(STAGES.values())
     assert receipt.missing == receipt.clashing == ()
     unused = "fc.", "backbone.fpn.", "rpn.", "roi_heads."  # neither counters nor an optimizer's moments
@@ -179,17 +154,6 @@ def test_torchvisions_own_networks(tmp_path: Path) -> None:
 # A source that does not cover the body
 
 
-def refused(body: nn.Module, source: str | Path, *words: str, **kwargs: Any) -> None:
-    """The load ends in one line with these words, and the body is as it was."""
-    before = {k: v.clone() for k, v in body.state_dict().items()}
-    with pytest.raises(UsageError) as caught:
-        load_weights(body, source, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(word in message for word in (*words, str(source))), message
-    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
-
-
 def test_a_renamed_tensor_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
     state, path = state_of(), tmp_path / "a.pth"
     state["layer3.0.conv9.weight"] = state.pop("layer3.0.conv1.weight")
@@ -201,7 +165,7 @@ def test_a_renamed_tensor_is_refused_unless_told_otherwise(tmp_path: Path) -> No
     receipt = load_weights(body, path, allow_partial=True)
     assert receipt.missing == ("layer3.0.conv1.weight",)
     assert receipt.unexpected == ("layer3.0.conv9.weight",)
-    assert receipt.stages["layer3"] == {"loaded": 14, "missing": 1, "clashing": 0}
+    assert receipt.counts["layer3"] == {"loaded": 14, "missing": 1, "clashing": 0}
     assert_holds(body, {**state, "layer3.0.conv1.weight": kept})
 
 
@@ -210,16 +174,14 @@ def test_clashing_shapes_are_refused_unless_told_otherwise(tmp_path: Path) -> No
     torch.save(state_of(num_classes=5), path)
     body = tiny(num_classes=3)
     refused(body, path, "fc.weight is [3, 512] here, [5, 512] there")
-    refused(
-        tiny(num_classes=3, in_channels=1), path, "conv1.weight is [64, 1, 7, 7] here", allow_partial="fc"
-    )
+    refused(tiny(num_classes=3, stem="cifar"), path, "conv1.weight is [64, 3, 3, 3] here", allow_partial="fc")
 
     receipt = load_weights(body, path, allow_partial=("fc",))
     assert [(clash.name, clash.here, clash.there) for clash in receipt.clashing] == [
         ("fc.weight", (3, 512), (5, 512)),
         ("fc.bias", (3,), (5,)),
     ]
-    assert receipt.stages["fc"] == {"loaded": 0, "missing": 0, "clashing": 2}
+    assert receipt.counts["fc"] == {"loaded": 0, "missing": 0, "clashing": 2}
 
 
 def test_another_network_is_refused_even_in_part(tmp_path: Path) -> None:
@@ -228,6 +190,26 @@ def test_another_network_is_refused_even_in_part(tmp_path: Path) -> None:
     refused(tiny(), path, "encoder.blocks.0.weight", "conv1.weight", allow_partial=True)
     torch.save(under("model.", state_of()), path)
     refused(tiny(), path, "'mod.'", "model.conv1.weight", allow_partial=True, prefix="mod")
+
+
+def test_a_wrong_prefix_is_told_which_one_fits(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save(detector_checkpoint(), path)
+    refused(
+        tiny(),
+        path,
+        "0 of 60 tensors of ResNeXt",
+        "'model.'",
+        "under 'model.backbone.body.' 60",
+        prefix="model",
+    )
+    refused(tiny(), path, "0 of 60", "under 'model.backbone.body.' 60 fit", prefix="", allow_partial=True)
+
+    # Also where something fits by chance: a second network's classifier.
+    state = {**under("body.", state_of()), **under("other.", {"conv1.weight": torch.ones(64, 3, 7, 7)})}
+    torch.save(state, path)
+    refused(tiny(), path, "1 of 60", "'other.'", "under 'body.' 60 fit", prefix="other")
+    assert load_weights(tiny(), path, prefix="body.").prefix == "body."
 
 
 def test_two_bodies_in_one_source_are_not_guessed_between(tmp_path: Path) -> None:
@@ -244,127 +226,90 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state["layer4.0.conv1.weight"][0, 0, 0, 0] = torch.nan
     torch.save(state, tmp_path / "a.pth")
     refused(tiny(), tmp_path / "a.pth", "NaN", "layer4.0.conv1.weight")
+    state["layer4.0.conv1.weight"] = state_of()["layer4.0.conv1.weight"].double() * 1e300
+    torch.save(state, tmp_path / "a.pth")
+    refused(tiny(), tmp_path / "a.pth", "infinite", "layer4.0.conv1.weight")  # too large for float32
 
 
-# Sources that cannot be read
+# Other numbers of input channels
 
 
-class Bomb:
-    """Unpickled, it would make a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_nothing_is_unpickled(legacy: bool, tmp_path: Path) -> None:
-    path, mark = tmp_path / "a.pth", tmp_path / "exploded"
-    torch.save({**state_of(), "x": Bomb(mark)}, path, _use_new_zipfile_serialization=not legacy)
-    refused(tiny(), path, "more than tensors")
-    path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
-    refused(tiny(), path, "more than tensors")
-    assert not mark.exists()
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 6, 9])
+def test_the_stem_is_fitted_to_the_images_as_timm_does_it(channels: int, tmp_path: Path) -> None:
+    path, state = tmp_path / "a.pth", state_of()
+    torch.save(state, path)
+    body = tiny(in_channels=channels)
+    receipt = load_weights(body, path)
+    assert receipt.adapted == (f"conv1.weight: 3 → {channels} input channels",)
+    assert receipt.counts["stem"] == {"loaded": 5, "missing": 0, "clashing": 0}
+    theirs = adapt_input_conv(channels, state["conv1.weight"].clone())
+    torch.testing.assert_close(body.conv1.weight.data, theirs, rtol=1e-6, atol=0)
+    assert_holds(body, {**state, "conv1.weight": body.conv1.weight})
+    assert "3 → " in str(receipt)
 
 
-def test_unreadable_files_say_what_they_are(tmp_path: Path) -> None:
+def test_a_grey_image_gives_what_its_rgb_copy_gave(tmp_path: Path) -> None:
+    path, colour, grey = tmp_path / "a.pth", tiny().eval(), tiny(in_channels=1).eval()
+    torch.save(colour.state_dict(), path)
+    load_weights(grey, path)
+    images = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        theirs, ours = colour(images.expand(-1, 3, -1, -1)), grey(images)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_every_kind_of_body_has_its_stem_fitted(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    refused(tiny(), path, "no weights at")
-    path.write_bytes(b"")
-    refused(tiny(), path, "empty")
-    path.write_text("<!DOCTYPE html><html><body>Not found</body></html>")
-    refused(tiny(), path, "web page")
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(tiny(), path, "git lfs pull")
-    path.write_bytes(bytes(range(256)) * 8)
-    refused(tiny(), path, "damaged")
-    torch.save([torch.ones(3)], path)
-    refused(tiny(), path, "no tensors under names")
-    torch.save(torch.ones(3), path)
-    refused(tiny(), path)
-    loop: dict[str, Any] = {}
-    loop["again"] = loop
-    torch.save(loop, path)
-    refused(tiny(), path, "damaged")
+    torch.save(state_of(FPN(tiny(), 16)), path)
+    assert load_weights(FPN(tiny(in_channels=4), 16), path).adapted[0].startswith("body.conv1.weight: 3 → 4")
+    torch.save(state_of(stem="deep"), path)
+    assert load_weights(tiny(stem="deep", in_channels=1), path).adapted[0].startswith("conv1.0.weight: 3 → 1")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_truncated_files(suffix: str, share: float, tmp_path: Path) -> None:
-    path = tmp_path / f"a{suffix}"
-    (torch.save if suffix == ".pth" else safetensors.torch.save_file)(state_of(), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    refused(tiny(), path, "again")
+def test_only_a_stem_for_rgb_is_fitted(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(state_of(in_channels=4), path)
+    refused(tiny(in_channels=1), path, "conv1.weight is [64, 1, 7, 7] here, [64, 4, 7, 7] there")
+    refused(tiny(), path, "conv1.weight is [64, 3, 7, 7] here, [64, 4, 7, 7] there")
+    body = tiny()
+    body.conv1 = nn.Conv2d(6, 64, 7, groups=2, bias=False)  # (64, 3, 7, 7), and yet not of RGB
+    torch.save(state_of(), path)
+    assert load_weights(body, path).adapted == ()
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    refused(tiny(), tmp_path, "checkpoints/best.ckpt")
+# Bodies that wrap somebody else's network
 
 
-# torchvision's names
+class Wrapped(nn.Module):
+    weights_prefix = "net."
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.net = tiny(**kwargs)
+        self.scale = nn.Parameter(torch.ones(1))
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder for downloads, and no network."""
+def test_published_names_are_a_wrapped_networks_own(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.pth", state_of()
+    torch.save({**under("module.", state), "module.scale": torch.full((1,), 3.0)}, path)
+    body = Wrapped(in_channels=4)
+    receipt = load_weights(body, path)
+    assert receipt.prefix == "module."
+    assert receipt.loaded[:2] == ("scale", "net.conv1.weight")
+    assert receipt.adapted == ("net.conv1.weight: 3 → 4 input channels",)
+    assert receipt.missing == receipt.unexpected == ()
+    assert_holds(body.net, {**state, "conv1.weight": body.net.conv1.weight})
+    assert body.scale.item() == 3
 
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    return tmp_path / "hub"
-
-
-def test_a_failed_download_says_how_to_go_on(hub: Path) -> None:
-    name = "ResNeXt50_32X4D_Weights.IMAGENET1K_V2"
-    where = str(hub / "checkpoints/resnext50_32x4d-1a0047aa.pth")
-    refused(resnet18(), name, "cannot download", "Name or service not known", "https://", where)
-
-
-def test_misspelt_names_get_the_nearest(hub: Path) -> None:
-    refused(tiny(), "ResNeXt50_32x4d_Weights.IMAGENET1K_V2", "ResNeXt50_32X4D_Weights.IMAGENET1K_V2")
-    refused(tiny(), "ResNet18_Weights.IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1")
-    refused(tiny(), "resnext50", "ResNeXt50_32X4D_Weights.IMAGENET1K_V2")
-    refused(tiny(), "https://example.org/a.pth", "download it")
-
-
-def test_a_name_is_downloaded_once_and_checked(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state, remote = state_of(), tmp_path / "remote.pth"
-    torch.save(state, remote)
-    digest = hashlib.sha256(remote.read_bytes()).hexdigest()
-    url = f"https://example.org/models/tiny-{digest[:8]}.pth"
-    asked = []
-
-    def download(address: str, path: str, hash_prefix: str) -> None:
-        asked.append((address, hash_prefix))
-        Path(path).write_bytes(remote.read_bytes())
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torchvision.models, "get_weight", lambda name: SimpleNamespace(url=url))
-    for _ in range(2):
-        body = tiny()
-        assert load_weights(body, "Tiny_Weights.V1").sha256 == digest
-        assert_holds(body, state)
-    assert asked == [(url, digest[:8])]
-
-    cached = hub / f"checkpoints/tiny-{digest[:8]}.pth"
-    cached.write_bytes(cached.read_bytes()[:-10])
-    refused_cached = pytest.raises(UsageError, match=re.escape(f"{cached} is damaged"))
-    with refused_cached:
-        load_weights(tiny(), "Tiny_Weights.V1")
-
-
-def test_every_torchvision_address_carries_its_hash() -> None:
-    models = torchvision.models
-    for weights in (w for name in models.list_models() for w in models.get_model_weights(name)):
-        if not type(weights).__name__.endswith("_QuantizedWeights"):  # these are of no use to a float body
-            assert re.search(r"-[0-9a-f]{8,}\.pth$", weights.url), weights
+    torch.save(state, path)
+    refused(Wrapped(), path, "scale is missing", "60 of 61")
+    save_weights(body, tmp_path / "b.safetensors")
+    again = tiny(in_channels=4)
+    assert load_weights(again, tmp_path / "b.safetensors").unexpected == ("scale",)
+    assert_holds(again, body.net.state_dict())
+    torch.save(under("model.", body.state_dict()), path)  # a checkpoint of ours
+    assert load_weights(body, path, allow_partial=("scale",)).prefix == "model.net."
 
 
 # The receipt
@@ -377,6 +322,8 @@ def test_receipt_is_plain_and_readable(tmp_path: Path) -> None:
     plain = receipt.as_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["clashing"][0] == {"name": "fc.weight", "here": [3, 512], "there": [5, 512]}
+    assert plain["stages"]["fc"] == {"loaded": [], "missing": [], "clashing": ["fc.weight", "fc.bias"]}
+    assert len(plain["stages"]["layer4"]["loaded"]) == plain["counts"]["layer4"]["loaded"] == 15
     table = str(receipt)
     assert str(path) in table
     assert "'module.'" in table
@@ -384,6 +331,170 @@ def test_receipt_is_plain_and_readable(tmp_path: Path) -> None:
     assert re.search(r"layer4 +15 +0 +0", table)
     assert re.search(r"fc +0 +0 +2", table)
     assert "fc.bias is [3] here, [5] there" in table
+    assert "licence" not in table
+    assert "trained on" not in table
+
+
+def test_the_receipts_summary_has_counts_instead_of_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    statistics = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    save_weights(tiny(num_classes=5), path, normalisation=statistics, licence="CC0-1.0")
+    receipt = load_weights(tiny(), path)
+    assert receipt.summary() == {
+        "source": str(path),
+        "sha256": receipt.sha256,
+        "prefix": "",
+        "normalisation": statistics,
+        "licence": "CC0-1.0",
+        "adapted": [],
+        "counts": {stage: {"loaded": n, "missing": 0, "clashing": 0} for stage, n in STAGES.items()},
+        "unexpected": 2,
+    }
+    assert "licence: CC0-1.0" in str(receipt)
+    assert "0.25" in str(receipt)
+
+
+def test_a_checkpoint_says_how_its_images_were_normalised(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    statistics = {"mean": [0.485], "std": [0.229]}
+    torch.save({"state_dict": state_of(), "record": {"normalisation": statistics}}, path)
+    assert load_weights(tiny(), path).normalisation == statistics
+    for record in ({"normalisation": None}, {}, None, [1], "text"):
+        torch.save({"state_dict": state_of(), "record": record}, path)
+        assert load_weights(tiny(), path).normalisation is None
+    torch.save({"state_dict": state_of(), "record": {"normalisation": [1, 2]}}, path)
+    refused(tiny(), path, "normalisation")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "{", "[" * 9999, "[1, 2]", '{"mean": 1, "std": 2}', '{"mean": [1e999], "std": [1]}',
+             '{"mean": [1' + "0" * 400 + '], "std": [1]}', '{"mean": [0.5], "std": [-1]}', "\x1b[31m"]
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["normalisation", "pixel_mean"])
+def test_metadata_that_cannot_be_read_ends_in_one_line(key: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(state_of(), path, {key: text, "pixel_std": "[1]"})
+    refused(tiny(), path, "normalisation")
+
+
+# Saving
+
+
+def test_what_is_saved_comes_back_to_the_last_bit(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    body = resnext26_32x4d(num_classes=3).to(memory_format=torch.channels_last)
+    body.load_state_dict(state_of(body))
+    statistics = {"mean": [0.485, 0.456, 0.406], "std": [1 / 3, 1e-7, 57.12 / 255]}
+    save_weights(body, path, normalisation=statistics, licence="Apache-2.0", source="runs/x", epochs="12")
+    again = resnext26_32x4d(num_classes=3)
+    receipt = load_weights(again, path)
+    assert_holds(again, body.state_dict())
+    assert receipt.normalisation == statistics
+    assert receipt.licence == "Apache-2.0"
+    assert receipt.metadata["source"] == "runs/x"
+    assert receipt.metadata["epochs"] == "12"
+    assert receipt.metadata["network"] == "ResNeXt"
+    assert json.loads(receipt.metadata["features"])["c5"] == {"channels": 2048, "stride": 32}
+    with safetensors.safe_open(path, "pt") as file:  # torch's own strict load takes it as it is
+        body.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_one_tensor_under_two_names_is_saved(tmp_path: Path) -> None:
+    body = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    body["b"].weight = body["a"].weight
+    save_weights(body, tmp_path / "a.safetensors")
+    before = body["a"].weight.clone()
+    nn.init.zeros_(body["a"].weight)
+    load_weights(body, tmp_path / "a.safetensors")
+    assert torch.equal(body["a"].weight, before)
+    assert body["b"].weight is body["a"].weight
+
+
+def test_where_a_network_strides_is_saved(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    first, other = (ResNeXt((1, 1), base_width=4, stride_in_1x1=on) for on in (True, False))
+    save_weights(first, path)
+    assert load_weights(ResNeXt((1, 1), base_width=4, stride_in_1x1=True), path).missing == ()
+    refused(other, path, "stride_in_1x1=true")
+    save_weights(other, path)
+    refused(first, path, "stride_in_1x1=false")
+    refused(FPN(first, 8), path, "stride_in_1x1=false", allow_partial=True)
+
+
+def test_saving_over_what_was_just_loaded(tmp_path: Path) -> None:
+    path, body = tmp_path / "a.safetensors", tiny()
+    save_weights(body, path)
+    again = tiny()
+    load_weights(again, path)
+    nn.init.ones_(again.conv1.weight)
+    save_weights(again, path)
+    load_weights(body, path)
+    assert_holds(body, again.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("step", "fault", "raised"),
+    [
+        ("write", OSError(28, "No space left on device"), UsageError),
+        ("write", KeyboardInterrupt(), KeyboardInterrupt),
+        ("rename", PermissionError(13, "Permission denied"), UsageError),
+    ],
+)
+def test_a_save_that_fails_leaves_the_old_file(
+    step: str, fault: BaseException, raised: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(tiny(), path)
+    before = path.read_bytes()
+
+    def half(tensors: Any, part: Path, metadata: Any) -> None:
+        part.write_bytes(b"half")
+        raise fault
+
+    def fail(*args: object) -> None:
+        raise fault
+
+    if step == "write":
+        monkeypatch.setattr(safetensors.torch, "save_file", half)
+    else:
+        monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(raised):
+        save_weights(tiny(), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("a.pth", "a", "none/a.safetensors", "folder.safetensors"):
+        with pytest.raises(UsageError, match=re.escape(name)):
+            save_weights(tiny(), tmp_path / name)
+    statistics: list[Any] = [
+        {"mean": [1.0]},
+        {"mean": [1.0], "std": [0.0]},
+        {"mean": [1.0], "std": [1.0, 1.0]},
+    ]
+    statistics += [
+        [1],
+        "x",
+        {"mean": [math.nan], "std": [1.0]},
+        {"mean": [], "std": []},
+        {"mean": 1, "std": 1},
+    ]
+    for normalisation in statistics:
+        with pytest.raises(UsageError, match="normalisation="):
+            save_weights(tiny(), path, normalisation=normalisation)
+    with pytest.raises(UsageError, match="epochs=3"):
+        save_weights(tiny(), path, epochs=3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="network='x'"):
+        save_weights(tiny(), path, network="x")
+    body = tiny()
+    body.bn1.running_var[3] = torch.inf
+    with pytest.raises(UsageError, match=r"infinite values in bn1\.running_var"):
+        save_weights(body, path)
+    assert not path.exists()
 
 
 # Freezing
