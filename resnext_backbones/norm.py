@@ -79,8 +79,12 @@ def freeze_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def _frozen(norm: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm2d:
-    # A subclass may do more than normalise (an activation, say), which a frozen norm would drop.
+def _frozen(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    if type(norm).__name__ in ("BatchNormAct2d", "SyncBatchNormAct"):  # timm's, with an activation inside
+        from timm.layers.norm_act import freeze_batch_norm_2d
+
+        return freeze_batch_norm_2d(norm).train(norm.training)
+    # A subclass may do more than normalise, which a frozen norm would drop.
     plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
     if not plain or norm.weight is None or norm.running_var is None:
         raise UsageError(f"cannot freeze {norm}: only BatchNorm2d with weights and running statistics can be")
