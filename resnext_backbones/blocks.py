@@ -1,6 +1,6 @@
 """The residual blocks: basic, bottleneck (figure 3(c) of the ResNeXt paper), bottleneck with pre-activation.
 
-y = shortcut(x) + Σ Tᵢ(x), equation 2 of arXiv 1611.05431. Parameter names are torchvision's, because the
+y = shortcut(x) + Σ Tᵢ(x), equation 3 of arXiv 1611.05431. Parameter names are torchvision's, because the
 world's weights are saved under them; those of squeeze-and-excitation are timm's, for the same reason.
 """
 
@@ -202,7 +202,7 @@ class PreActBottleneck(Bottleneck):
         return self.conv3(self.transform(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x), inplace=True)
+        active = F.relu(self.bn1(x))  # not in place: a norm may be the identity, and x is still needed
         y = self.residual(active)
         y += x if self.downsample is None else self.downsample(active)
         return y

@@ -8,6 +8,7 @@ print(cost(resnext50_32x4d(num_classes=1000), (224, 224), batch_size=8, device="
 """
 
 import copy
+import os
 import platform
 import sys
 import time
@@ -337,6 +338,7 @@ def _rise(step: Callable[[], None], device: torch.device) -> int:
         step()
         _synchronise(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages are about its own doings
     # Not the profiler's table, which nets allocations by operator: the single ones, in order of time.
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         step()

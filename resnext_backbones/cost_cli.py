@@ -1,11 +1,8 @@
 """`python -m resnext_backbones.cost`: networks by name, measured in turns; a table, JSON, CSV, a picture."""
 
 import argparse
-import csv
 import difflib
 import importlib
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -24,6 +21,7 @@ from .adapters import TimmBody, TorchvisionBody
 from .cost import MEMORY_FORMATS, PRECISIONS, Cost, Setting, Stepper, Timing, rounds
 from .cost_plot import Point, check_target, plot
 from .errors import UsageError
+from .printing import as_csv, as_json, as_table, to_stdout
 from .variants import VARIANTS
 
 PROGRAM = "python -m resnext_backbones.cost"
@@ -49,7 +47,6 @@ out are named under the table. A training step is forward, backward and SGD with
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages are about its own doings
     steppers: list[Stepper] = []
     try:
         setting = _setting(args)
@@ -120,15 +117,13 @@ def _measure(args: argparse.Namespace, setting: Setting, steppers: list[Stepper]
 def _show(steppers: Sequence[Stepper], setting: Setting, args: argparse.Namespace) -> None:
     costs = [(stepper.name, stepper.cost()) for stepper in steppers]
     rows = [{"network": name, **cost.as_dict()} for name, cost in costs]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    elif args.csv:
-        lines = [_flat(row) for row in rows]
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    else:
-        _print_table(costs, setting, args.inference_only)
+    with to_stdout():
+        if args.json:
+            as_json(rows)
+        elif args.csv:
+            as_csv([_flat(row) for row in rows])
+        else:
+            as_table(_table(costs, args.inference_only), _footer([cost for _, cost in costs], setting))
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +140,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return line | {prefix + key: value for prefix, group in groups.items() for key, value in group.items()}
 
 
-def _print_table(costs: Sequence[tuple[str, Cost]], setting: Setting, inference_only: bool) -> None:
-    console = Console(width=1000, highlight=False)  # a narrow terminal wraps lines; rich would cut the names
+def _table(costs: Sequence[tuple[str, Cost]], inference_only: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("network\n")
     titles = ["params\nM", "GMACs\n"]
@@ -157,9 +151,7 @@ def _print_table(costs: Sequence[tuple[str, Cost]], setting: Setting, inference_
     for name, cost in costs:
         cells = [f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.3f}", *_cells(cost.inference)]
         table.add_row(Text(name), *cells, *([] if inference_only else _cells(cost.training)))
-    console.print(table)
-    for line in _footer([cost for _, cost in costs], setting):
-        console.print(Text(line))
+    return table
 
 
 def _cells(timing: Timing | None) -> list[str]:

@@ -28,7 +28,7 @@ class Counts:
     """What a network holds, and what it computes for one image.
 
     Attributes:
-        parameters: numbers that may be learned (buffers are none of them); shared ones count once.
+        parameters: of all `nn.Parameter`s, frozen ones too; buffers are none of them; shared ones count once.
         macs: multiply-adds of convolutions, matrix products and attention; biases do not count.
         uncounted: operators that run as well and are not in `macs`, such as "aten.relu_", with how often.
             Views, allocation and plain copies are not listed.

@@ -80,21 +80,31 @@ def convert(module: nn.Module, form: Form) -> nn.Module:
     """
     if form not in ("a", "b", "c"):
         raise UsageError(f"convert: form={form!r} must be a, b or c (figure 3 of arXiv 1611.05431)")
-    if type(module) in (*SPLIT, *WHOLE):
+    if isinstance(module, Bottleneck):
         return _converted(copy.deepcopy(module), form)
     module = copy.deepcopy(module)
-    blocks = {name: block for name, block in module.named_modules() if type(block) in (*SPLIT, *WHOLE)}
+    blocks = {
+        name: block
+        for name, block in module.named_modules(remove_duplicate=False)
+        if isinstance(block, Bottleneck)
+    }
     if not blocks:
         raise UsageError(
             f"convert: {type(module).__name__} holds no bottleneck; blocks of depth 2 have no other forms "
             "(arXiv 1611.05431, section 3)"
         )
+    # A block that stands in two places stays one block.
+    converted = {block: _converted(block, form) for block in set(blocks.values())}
     for name, block in blocks.items():
-        module.set_submodule(name, _converted(block, form))
+        module.set_submodule(name, converted[block])
     return module
 
 
 def _converted(block: Any, form: Form) -> nn.Module:
+    if type(block) not in (*SPLIT, *WHOLE):
+        raise UsageError(
+            f"convert: {type(block).__name__} may compute something else than the bottleneck it derives from"
+        )
     whole: Any = _whole(block) if isinstance(block, Split) else block
     return whole if form == "c" else _split(whole, form)
 
@@ -126,6 +136,11 @@ def _whole(split: Any) -> nn.Module:
     """Back to form (c): the slices side by side."""
     first, second = split.inner_norms
     rows = list(split.branches)
+    if split.form == "b" and len(rows) != split.cardinality:
+        raise UsageError(
+            f"convert: {len(rows)} branches before a 1×1 convolution of {split.cardinality}; take them out "
+            "of form (a), where each has its own"
+        )
     layers = {name: getattr(split, name) for name in LAYERS if hasattr(split, name)}
     del layers["branches"]
     layers["conv1"] = _joined([row.conv1 for row in rows], dim=0)
@@ -134,7 +149,9 @@ def _whole(split: Any) -> nn.Module:
     layers[second] = _joined_norms([row.norm2 for row in rows])
     if split.form == "a":
         layers["conv3"] = _joined([row.conv3 for row in rows], dim=1)
-    return _block(WHOLE[type(split)], split, layers)
+    whole = _block(WHOLE[type(split)], split, layers)
+    whole.cardinality = len(rows)  # in form (a), branches may have been taken out
+    return whole
 
 
 def _block(kind: type, like: Any, layers: dict[str, nn.Module | None]) -> Any:
@@ -224,3 +241,8 @@ def _norm_with(tensors: dict[str, Tensor], like: nn.Module, resize: Callable[[in
 def _alike(layers: Sequence[nn.Module]) -> None:
     if len({tuple(p.requires_grad for p in layer.parameters()) for layer in layers}) > 1:
         raise UsageError("convert: some branches of a block are frozen and others are not; make them alike")
+    settings = {f"{layer}, training={layer.training}" for layer in layers}
+    if len(settings) > 1:
+        raise UsageError(
+            f"convert: layers of a block's branches differ: {' and '.join(sorted(settings)[:2])}"
+        )

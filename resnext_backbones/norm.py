@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
 
@@ -70,24 +71,48 @@ def freeze_norms(module: nn.Module) -> nn.Module:
     """Turn every batch norm inside `module`, in place, into a frozen one with the same statistics.
 
     Returns `module`, or its replacement where it is a batch norm itself. Optimizers are to be built
-    afterwards. Raises `UsageError` for a batch norm that cannot be frozen without changing what it computes.
+    afterwards. Raises `UsageError`, and leaves `module` as it is, for a batch norm that cannot be frozen
+    without changing what it computes.
     """
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    check_freezable(module)
+    return _with_frozen_norms(module)
+
+
+def check_freezable(module: nn.Module) -> None:
+    """`UsageError` for the first batch norm that `freeze_norms` would refuse."""
+    for name, norm in module.named_modules():
+        if not isinstance(norm, _BatchNorm) or _kind(norm) in TIMM_NORMS:
+            continue
+        # A subclass may do more than normalise, which a frozen norm would drop.
+        plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        if not plain or norm.weight is None or norm.running_var is None:
+            raise UsageError(
+                f"cannot freeze {name or 'it'}, a {_kind(norm)}: only BatchNorm2d with weights and running "
+                "statistics can be; leave the norms as they are"
+            )
+
+
+# With an activation inside, which timm's own frozen norm has, too.
+TIMM_NORMS = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _with_frozen_norms(module: nn.Module) -> nn.Module:
+    if isinstance(module, _BatchNorm):
         return _frozen(module)
     for name, child in module.named_children():
-        setattr(module, name, freeze_norms(child))
+        setattr(module, name, _with_frozen_norms(child))
     return module
 
 
-def _frozen(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
-    if type(norm).__name__ in ("BatchNormAct2d", "SyncBatchNormAct"):  # timm's, with an activation inside
+def _frozen(norm: _BatchNorm) -> nn.Module:
+    if _kind(norm) in TIMM_NORMS:
         from timm.layers.norm_act import freeze_batch_norm_2d
 
         return freeze_batch_norm_2d(norm).train(norm.training)
-    # A subclass may do more than normalise, which a frozen norm would drop.
-    plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-    if not plain or norm.weight is None or norm.running_var is None:
-        raise UsageError(f"cannot freeze {norm}: only BatchNorm2d with weights and running statistics can be")
     frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
     for name in dict(frozen.named_buffers()):
         setattr(frozen, name, getattr(norm, name).detach().clone())

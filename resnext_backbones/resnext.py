@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BLOCKS, NORMS, Block, BlockSpec, Norm, conv
+from .blocks import BLOCKS, NORMS, Block, BlockSpec, Bottleneck, Norm, conv
 from .errors import UsageError
 from .features import FeatureSpec
 from .norm import conv_norm
@@ -37,7 +37,8 @@ class ResNeXt(nn.Module):
         depths: blocks in each stage; four stages for ImageNet's networks, three for CIFAR's.
         cardinality: the paper's C, the number of groups of a 3×3 convolution.
         base_width: the paper's d, channels of one group in the first stage; each stage doubles it.
-        block: "bottleneck", "basic", "preact", or a subclass of `Block`.
+        block: "bottleneck", "basic", "preact", or a subclass of `Block`. With "preact" the stem has no norm,
+            as in timm, since the first block begins with one; only the last map is normalised and activated.
         in_channels: of the images.
         num_classes: of a classifier on top (`fc`, used by `classify`); None for a body without one.
         norm: "batch", "sync", "group" (32 groups), "frozen" (an identity until weights are loaded, so not for
@@ -52,7 +53,7 @@ class ResNeXt(nn.Module):
         stochastic_depth: the probability of leaving out the last block in training; it rises linearly from
             block to block (arXiv 1603.09382, equation 4).
         activation_checkpointing: keep only what goes into each block, and compute its inside a second time in
-            the backward pass: less memory, more time, the same numbers.
+            the backward pass: less memory, more time, the same numbers. Not under `torch.compile`.
 
     `stages` says what `freeze` counts, and what the receipt of `load_weights` tells apart.
 
@@ -78,13 +79,21 @@ class ResNeXt(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not depths:
-            raise UsageError("ResNeXt: depths is empty; give the number of blocks of each stage")
+        if not isinstance(depths, Sequence) or isinstance(depths, str) or not depths:
+            raise UsageError(f"ResNeXt: depths={depths!r} must give the number of blocks of each stage")
         depths = [_count(f"depths[{i}]", depth) for i, depth in enumerate(depths)]
         width = _count("cardinality", cardinality) * _count("base_width", base_width)
-        if not 0 <= stochastic_depth < 1:
-            raise UsageError(f"ResNeXt: stochastic_depth={stochastic_depth} must lie between 0 and 1")
+        if not (isinstance(stochastic_depth, int | float) and 0 <= stochastic_depth < 1):
+            raise UsageError(f"ResNeXt: stochastic_depth={stochastic_depth!r} must lie between 0 and 1")
+        switches = {"depthwise": depthwise, "stride_in_1x1": stride_in_1x1}
+        for name, value in {**switches, "activation_checkpointing": activation_checkpointing}.items():
+            if not isinstance(value, bool):
+                raise UsageError(f"ResNeXt: {name}={value!r} must be true or false")
         make_block: type[Block] = _chosen("block", block, BLOCKS)
+        if not (isinstance(make_block, type) and issubclass(make_block, Block)):
+            raise UsageError(f"ResNeXt: block={block!r} must be one of {', '.join(BLOCKS)}, or a Block")
+        if stride_in_1x1 and not issubclass(make_block, Bottleneck):
+            raise UsageError(f"ResNeXt: stride_in_1x1, but {make_block.__name__} has no 1×1 convolution")
         make_norm: Norm = _chosen("norm", norm, NORMS)
         if se_reduction is not None:
             _count("se_reduction", se_reduction)
@@ -101,7 +110,7 @@ class ResNeXt(nn.Module):
         self.features: dict[str, FeatureSpec] = {}
 
         strides = [(4 if self.pooled else 1) * 2**i for i in range(len(depths))]
-        if output_stride is not None and output_stride not in strides:
+        if output_stride is not None and _count("output_stride", output_stride) not in strides:
             raise UsageError(f"ResNeXt: output_stride={output_stride} must be one of {strides}")
         limit = output_stride or strides[-1]
         channels, stride, dilation, n_blocks = 64, strides[0], 1, 0
@@ -142,21 +151,24 @@ class ResNeXt(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images, float (N, in_channels, H, W), to {"c2": (N, C, ⌈H/4⌉, ⌈W/4⌉), … "c5"}."""
+        """Normalised images, float (N, in_channels, H, W), to {"c2": (N, C, ⌈H/4⌉, ⌈W/4⌉), … "c5"}.
+
+        Channels and strides are those in `features`; other stems, depths and output strides have others.
+        """
         if self.bn1 is None:
             x = self.conv1(images)
         else:
             x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         if self.pooled:
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         maps = {}
         for i, name in enumerate(self.features, start=1):
             for block in self.get_submodule(f"layer{i}").children():
                 x = recomputed(block, x) if recompute else block(x)
             maps[name] = x
         if self.norm is not None:
-            maps[name] = F.relu(self.norm(x), inplace=True)
+            maps[list(self.features)[-1]] = F.relu(self.norm(x))
         return maps
 
     def classify(self, images: Tensor) -> Tensor:
@@ -174,9 +186,9 @@ def _count(name: str, value: int) -> int:
 
 
 def _chosen(name: str, choice: str | T, choices: Mapping[str, T]) -> T:
-    """The thing itself, or the one that goes by this name."""
-    if not isinstance(choice, str):
-        return choice
-    if choice not in choices:
+    """The one that goes by this name, or the thing itself."""
+    if isinstance(choice, str) and choice in choices:
+        return choices[choice]
+    if isinstance(choice, str) or not callable(choice):
         raise UsageError(f"ResNeXt: {name}={choice!r} must be one of {', '.join(choices)}")
-    return choices[choice]
+    return choice

@@ -66,7 +66,8 @@ def attempt(run: Callable[[Tensor], Any], name: str, in_channels: int, height: i
             return run(torch.empty(1, in_channels, height, width, device="meta"))
     except Exception as error:
         raise UsageError(
-            f"{name} cannot be a body: it does not take images of {height}×{width} px ({first_line(error)})"
+            f"{name} cannot be a body: it does not take images of {height}×{width} px, perhaps of one size "
+            f"only ({first_line(error)})"
         ) from error
 
 
@@ -135,13 +136,18 @@ def staged(sketch: Any, in_channels: int, stem: Sequence[str]) -> dict[str, tupl
     parameters = dict(sketch.named_parameters())
     with torch.enable_grad():
         maps = sketch.maps(torch.empty(1, in_channels, *SIZES[0], device="meta"))
-    stage_of = dict.fromkeys(parameters, "c5")
+    stage_of: dict[str, str] = {}
     for level, x in reversed([*zip(STRIDES, maps, strict=True)]):
         gradients = torch.autograd.grad(x.sum(), [*parameters.values()], allow_unused=True, retain_graph=True)
         used = (name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
         stage_of |= dict.fromkeys(used, level)
     prefixes = tuple(f"net.{name}." for name in stem)
     stage_of |= dict.fromkeys((name for name in parameters if name.startswith(prefixes)), "stem")
+    stage = "stem"
+    for (
+        name
+    ) in parameters:  # one that evaluation does not reach, since it is cached, goes with the one before
+        stage = stage_of.setdefault(name, stage)
 
     stages: dict[str, list[str]] = {stage: [] for stage in ("stem", *STRIDES)}
     for name, stage in owners(sketch.net, "net.", stage_of):

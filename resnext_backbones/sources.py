@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import socket
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class Source:
 
 def find(source: str | Path) -> Source:
     """The file behind `source`, downloaded if need be; `UsageError` where there is none."""
+    try:
+        return _found(source)
+    except OSError as error:  # of a cache that cannot be read or written
+        raise UsageError(f"{source}: cannot use {error.filename}: {error.strerror}") from error
+
+
+def _found(source: str | Path) -> Source:
     name = str(source)
     if name.startswith("timm:"):
         return _of_timm(name.removeprefix("timm:"))
@@ -242,19 +250,32 @@ def _downloaded(address: str, digest: str, folder: Path, suffix: str) -> Path:
         read(part, address)  # a download cut short, or a web page in its place, ends here
         os.replace(part, folder / f"{found}{suffix}")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return folder / f"{found}{suffix}"
+
+
+_COUNTING = threading.Lock()
+_downloads = 0
+_timeout_before: float | None = None
 
 
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
     """A time limit for torch.hub's downloader, which sets none and hangs where packets are swallowed."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    global _downloads, _timeout_before
+    with _COUNTING:  # the limit is the process's: the last of several downloads at once takes it back
+        if _downloads == 0:
+            _timeout_before = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(TIMEOUT)
+        _downloads += 1
     try:
         yield
     finally:
-        socket.setdefaulttimeout(timeout)
+        with _COUNTING:
+            _downloads -= 1
+            if _downloads == 0:
+                socket.setdefaulttimeout(_timeout_before)
 
 
 def _torchvision_names() -> list[str]:

@@ -18,7 +18,8 @@ def base_width_for(cardinality: int) -> int:
 
     Solves C · (2 · 256 · d + 9 · d²) = 69,632 (arXiv 1611.05431, equation 4; so many weights has ResNet-50's
     block with 256 channels) and rounds: 1/64, 2/40, 4/24, 8/14, 32/4, as in table 2. Since one block is not
-    the network and d is rounded, whole networks differ by some per cent; how much, is reported by
+    the network and d is rounded, networks differ: at table 2's cardinalities by 4.4 % of the multiply-adds at
+    most, up to 64 by 22 % (52, where d is 3), beyond by more. How much, is reported by
     `python -m resnext_backbones --equal`.
 
     Raises `UsageError` for a cardinality below 1, or so large that less than half a channel would be left.

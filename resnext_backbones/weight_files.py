@@ -1,6 +1,8 @@
 """Files of weights: how bytes become named tensors and the metadata beside them, and the way back."""
 
+import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +20,8 @@ from .errors import UsageError
 from .receipt import Normalisation, few
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+
+MOST_TENSORS = 1_000_000
 
 
 def read(path: Path, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,14 +129,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # Only the zip format can be mapped; torchvision's older files are of the one before it.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # The reference scripts of torchvision and timm keep their arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     metadata = {}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         record = content.get("record")
         if isinstance(record, Mapping) and record.get("normalisation") is not None:
             metadata["normalisation"] = json.dumps(record["normalisation"])
         content = content["state_dict"]
-    return dict(_flatten(content)), metadata
+    tensors = dict(itertools.islice(_flatten(content), MOST_TENSORS + 1))
+    if len(tensors) > MOST_TENSORS:  # a dictionary within itself many times over would never end
+        raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
+    return tensors, metadata
 
 
 def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

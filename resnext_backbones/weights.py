@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from . import sources, weight_files
 from .errors import UsageError
 from .foreign_names import torchvision_names
-from .norm import freeze_norms
+from .norm import check_freezable, freeze_norms
 from .receipt import Clash, Normalisation, Receipt, few
+
+LEARNED = ("weight", "bias")  # what has no place in a body is a fault; older files have buffers of all kinds
 
 
 def load_weights(
@@ -50,12 +52,19 @@ def load_weights(
     body.
     """
     file = sources.find(source)
+    sha256 = weight_files.sha256(file.path)
     tensors, metadata = weight_files.read(file.path)
+    if weight_files.sha256(file.path) != sha256:
+        raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
     tensors = torchvision_names(tensors, metadata, file.path)
     normalisation = file.normalisation or weight_files.normalisation_of(metadata, str(source))
     _check_strides(body, metadata, source)
 
     state = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UsageError(
+            f"{type(body).__name__} is on meta, where nothing can be loaded; build it on a device"
+        )
     own = {name.removeprefix(getattr(body, "weights_prefix", "")): name for name in state}
     fits = _fits(tensors, {there: state[name] for there, name in own.items()})
     if prefix is None:
@@ -82,6 +91,15 @@ def load_weights(
     excused = _excused(body, allow_partial)
     faults = [f"{name} is missing" for name in missing if _stage(body, name) not in excused]
     faults += [str(clash) for clash in clashing if _stage(body, clash.name) not in excused]
+    unused = [
+        name for name in tensors if name not in {prefix + there for there in own} and not _is_counter(name)
+    ]
+    inside = getattr(body, "weights_prefix", "")
+    for name in unused:
+        # Deeper, or with something more in its blocks: the source is another network.
+        stage = _stage_within(body, inside + name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if stage is not None and stage not in excused and name.endswith(LEARNED):
+            faults.append(f"{few([name])} has no place in it")
     if faults:
         raise UsageError(
             f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(state)} tensors fit "
@@ -90,10 +108,9 @@ def load_weights(
     new = {name: _converted(found[name], state[name], name, source) for name in loaded}
 
     body.load_state_dict(new, strict=False)
-    used = {prefix + there for there in own}
     return Receipt(
         source=file.name,
-        sha256=weight_files.sha256(file.path),
+        sha256=sha256,
         prefix=prefix,
         normalisation=normalisation,
         licence=file.licence or metadata.get("licence"),
@@ -101,7 +118,7 @@ def load_weights(
         stages=_by_stage(body, loaded=loaded, missing=missing, clashing=clashing_names),
         clashing=tuple(clashing),
         adapted=adapted,
-        unexpected=tuple(name for name in tensors if name not in used and not _is_counter(name)),
+        unexpected=tuple(unused),
     )
 
 
@@ -175,11 +192,21 @@ def freeze(body: nn.Module, at: int) -> None:
         raise UsageError(f"{kind} cannot be frozen by stage: it has no `stages` (of an FPN, freeze fpn.body)")
     if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at <= len(stages):
         raise UsageError(f"freeze at {at!r}: {kind} has {len(stages)} stages, so take 0 … {len(stages)}")
-    for stage in list(stages)[:at]:
-        for name in stages[stage]:
-            module = body.get_submodule(name)
-            module.requires_grad_(False)
-            body.set_submodule(name, freeze_norms(module))
+    modules = {name: _submodule(body, stage, name) for stage in list(stages)[:at] for name in stages[stage]}
+    for module in modules.values():
+        check_freezable(module)  # all of them, before anything is changed
+    for name, module in modules.items():
+        module.requires_grad_(False)
+        body.set_submodule(name, freeze_norms(module))
+
+
+def _submodule(body: nn.Module, stage: str, name: str) -> nn.Module:
+    try:
+        return body.get_submodule(name)
+    except AttributeError as error:
+        raise UsageError(
+            f"{type(body).__name__}.stages[{stage!r}] names {name}, which it does not have"
+        ) from error
 
 
 def _fits(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -281,14 +308,24 @@ def _converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> T
 def _excused(body: nn.Module, allow_partial: bool | Collection[str]) -> set[str]:
     if isinstance(allow_partial, bool):
         return {_stage(body, name) for name in body.state_dict()} if allow_partial else set()
-    return {allow_partial} if isinstance(allow_partial, str) else set(allow_partial)
+    stages = {allow_partial} if isinstance(allow_partial, str) else set(allow_partial)
+    known = {_stage(body, name) for name in body.state_dict()}
+    if unknown := sorted(stages - known):
+        raise UsageError(
+            f"allow_partial={unknown}: {type(body).__name__} has the stages {', '.join(sorted(known))}"
+        )
+    return stages
 
 
 def _stage(body: nn.Module, name: str) -> str:
+    return _stage_within(body, name) or name.split(".")[0]
+
+
+def _stage_within(body: nn.Module, name: str) -> str | None:
     for stage, modules in getattr(body, "stages", {}).items():
         if any(name.startswith(f"{module}.") for module in modules):
             return stage
-    return name.split(".")[0]
+    return None
 
 
 def _by_stage(body: nn.Module, **fates: list[str]) -> dict[str, dict[str, tuple[str, ...]]]:

@@ -43,7 +43,8 @@ def other_normalisation(receipt: Receipt, model: nn.Module, body: nn.Module) -> 
 
     A body that converts what `model` normalised says to what by its `normalisation`, of the same form.
     """
-    theirs, ours = receipt.normalisation, getattr(body, "normalisation", None) or normalisation(model)
+    converted = getattr(body, "normalisation", None)
+    theirs, ours = receipt.normalisation, converted or normalisation(model)
     if theirs is None or ours is None or len(theirs["mean"]) != len(ours["mean"]):
         return None
     if all(abs(a - b) < 1e-3 for key in theirs for a, b in zip(theirs[key], ours[key], strict=True)):
@@ -54,7 +55,8 @@ def other_normalisation(receipt: Receipt, model: nn.Module, body: nn.Module) -> 
     ]
     return (
         f"warning: {without_secrets(receipt.source)} was trained on RGB in 0…1 with {shown[0]}, but "
-        f"{type(model).__name__} normalises with {shown[1]}: expect worse results, above all of frozen stages"
+        f"{type(body if converted else model).__name__} normalises with {shown[1]}: expect worse "
+        "results, above all of frozen stages"
     )
 
 
@@ -70,3 +72,14 @@ def refuse_idle_norms(body: nn.Module) -> None:
                 f"backbone: {name} and its like are frozen norms without statistics, identities that never "
                 "learn: give backbone.weights=SOURCE, or build them with another norm"
             )
+
+
+def refuse_other_channels(body: nn.Module) -> None:
+    """Raises UsageError for a body whose first convolution reads something else than RGB."""
+    convolutions = (module for module in body.modules() if isinstance(module, nn.Conv2d))
+    first = next(convolutions, None)
+    if first is not None and first.in_channels != 3:
+        raise UsageError(
+            f"backbone: {type(body).__name__} reads images of {first.in_channels} channels, those of a run "
+            "have 3 (RGB); leave in_channels or in_chans out"
+        )

@@ -28,7 +28,13 @@ from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
 from tasks.data.check import check_dataset, start_report
 from tasks.data.module import CocoData
 from tasks.folder import best_of, of_checkpoint, open_folder, resumed
-from tasks.pretrained import keep_receipt, normalisation, other_normalisation, refuse_idle_norms
+from tasks.pretrained import (
+    keep_receipt,
+    normalisation,
+    other_normalisation,
+    refuse_idle_norms,
+    refuse_other_channels,
+)
 from tasks.provenance import git_state, versions, without_secrets, write_summary
 from tasks.wandb_run import WandbLogger, wandb_logger
 
@@ -161,7 +167,7 @@ def build_task(cfg: DictConfig, data: CocoData) -> tuple[BaseTask, Receipt | Non
     task.record = {
         "config": without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         "categories": data.categories,
-        "normalisation": normalisation(model),
+        "normalisation": getattr(body, "normalisation", None) or normalisation(model),
     }
     if receipt is not None and (warning := other_normalisation(receipt, model, body)):
         say(Text(warning))
@@ -183,11 +189,12 @@ def build_body(cfg: DictConfig) -> tuple[nn.Module, Receipt | None]:
         )
     arguments = OmegaConf.masked_copy(cfg.backbone, [key for key in cfg.backbone if key not in HAND_OVER])
     body = build(OmegaConf.create({"backbone": arguments}), "backbone")
+    refuse_other_channels(body)
     receipt = None
     if cfg.resume is None and cfg.ckpt_path is None:
         if weights is not None:
             receipt = load_weights(body, weights)
-            say(Text(str(receipt)))  # as text, since rich would unfold the dataclass
+            say(Text(without_secrets(str(receipt))))  # as text, since rich would unfold the dataclass
         else:
             refuse_idle_norms(body)
     if frozen_norms if frozen_norms is not None else weights is not None:

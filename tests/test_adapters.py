@@ -478,3 +478,11 @@ def test_a_timm_without_feature_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(timm.models.resnet.ResNet, "forward_intermediates")
     with pytest.raises(UsageError, match=r"gives no maps of test_resnet; .*pip install -U timm"):
         TimmBody("test_resnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny_vit_5m_224", "mobilenetv3_small_050", "convnext_atto", "resnet10t"])
+def test_all_of_a_network_can_be_frozen(name: str) -> None:
+    body = TimmBody(name)
+    freeze(body, at=5)
+    assert [name for name, p in body.named_parameters() if p.requires_grad] == []

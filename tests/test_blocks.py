@@ -21,6 +21,7 @@ from resnext_backbones import (
     PreActBottleneck,
     ResNeXt,
     UsageError,
+    freeze,
     resnet50,
     resnext50_32x4d,
     seresnext50_32x4d,
@@ -180,6 +181,21 @@ def test_pre_activation_network_ends_with_a_norm_and_begins_without() -> None:
     assert torch.equal(identity(x), x)
 
 
+def test_pre_activation_does_not_touch_what_it_is_given() -> None:
+    net = small(block="preact", norm=lambda channels: nn.Identity())
+    x = torch.randn(1, 1024, 4, 4)
+    given = x.clone()
+    net.layer4(x)
+    assert torch.equal(x, given)
+
+
+def test_the_last_norm_is_frozen_with_the_last_stage() -> None:
+    net = small(block="preact")
+    freeze(net, at=5)
+    assert not any(p.requires_grad for p in net.parameters())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
 # Depthwise
 
 
@@ -312,7 +328,8 @@ def test_defaults_are_the_published_network() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depths": ()}, "depths is empty"),
+        ({"depths": ()}, r"depths=\(\) must give"),
+        ({"depths": 5}, "depths=5 must give"),
         ({"depths": (1, 0)}, r"depths\[1\]=0 must be a whole number of at least 1"),
         ({"cardinality": 0}, "cardinality=0 must be"),
         ({"cardinality": 3.5}, "cardinality=3.5 must be"),
@@ -322,6 +339,13 @@ def test_defaults_are_the_published_network() -> None:
         ({"se_reduction": 0}, "se_reduction=0 must be"),
         ({"stochastic_depth": 1.0}, "stochastic_depth=1.0 must"),
         ({"stochastic_depth": float("nan")}, "stochastic_depth=nan must"),
+        ({"stochastic_depth": "a"}, "stochastic_depth='a' must"),
+        ({"norm": None}, "norm=None must be one of batch, sync, group, frozen"),
+        ({"stem": 7}, "stem=7 must be one of 7x7, deep, cifar"),
+        ({"block": nn.Conv2d}, "block=.*Conv2d.* must be one of basic, bottleneck, preact, or a Block"),
+        ({"block": "basic", "stride_in_1x1": True}, "BasicBlock has no 1×1 convolution"),
+        ({"activation_checkpointing": "false"}, "activation_checkpointing='false' must be true or false"),
+        ({"output_stride": 8.0}, "output_stride=8.0 must be a whole number"),
         ({"norm": "layer"}, "norm='layer' must be one of batch, sync, group, frozen"),
         ({"stem": "patchify"}, "stem='patchify' must be one of 7x7, deep, cifar"),
         ({"block": "transformer"}, "block='transformer' must be one of basic, bottleneck, preact"),

@@ -117,6 +117,11 @@ class Neighbourly(Honest):
         return super().forward(images - images.mean())
 
 
+class Crowd(Honest):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return super().forward(images * len(images))
+
+
 class NeedsCompany(Honest):
     """A batch norm over a pooled image, as in an unguarded ASPP."""
 
@@ -214,6 +219,78 @@ class ReadsStrides(Honest):
         return super().forward(images.as_strided((n, c, h, w), (c * h * w, h * w, w, 1)))
 
 
+class WrongWhenExported(Honest):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return super().forward(images * 2 if torch.compiler.is_exporting() else images)
+
+
+class WrongWhenCopied(Honest):
+    def __deepcopy__(self, memo: Any) -> Self:
+        return type(self)()  # with other random weights
+
+
+class Unfreezing(Honest):
+    """Lets the optimizer move what was frozen."""
+
+    stages: ClassVar = {"stem": ("a",), "rest": ("b",)}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self.a.weight.requires_grad_(True)
+        return super().forward(images)
+
+
+class ThawingLater(Honest):
+    stages: ClassVar = {"stem": ("a",), "c1": (), "c2": ("b",)}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if self.training:
+            with torch.no_grad():
+                self.b.weight.mul_(0.9)
+        return super().forward(images)
+
+
+class NoSuchStage(Honest):
+    stages: ClassVar = {"stem": ("conv1",)}
+
+
+class SecondByFirst(Honest):
+    """Normalises every image by the first of its batch."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return super().forward(images - images[:1].mean())
+
+
+class HiddenStatistic(Honest):
+    """Its running mean is in no checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if self.training:
+            self.mean += 0.1 * images.detach().square().mean()
+        return super().forward(images - self.mean)
+
+
+class HiddenCounter(HiddenStatistic):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self.mean += 1
+        return Honest.forward(self, images)
+
+
+class OtherPrecision(Honest):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {name: x.half() for name, x in super().forward(images).items()}
+
+
+class EvenOnly(Honest):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if images.shape[-1] % 4:
+            raise ValueError("input must be\ndivisible by 4")
+        return super().forward(images)
+
+
 class Unexportable(Honest):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return super().forward(images * 2 if images.max().item() > 0 else images)
@@ -221,9 +298,10 @@ class Unexportable(Honest):
 
 FAULTS = {
     InPlace: "changes the images",
-    NotFloat: "c1 must be a tensor of floats, got torch.int32",
+    NotFloat: "c1 of images in torch.float32 must be a tensor of this kind, got torch.int32",
     Neighbourly: "c1 of an image depends on what else is in its batch",
-    NeedsCompany: "one image alone cannot be trained on: Expected more than 1 value per channel",
+    Crowd: "c1 of an image depends on what else is in its batch",
+    NeedsCompany: r"forward of images \(1, 3, 64, 64\) ends in: Expected more than 1 value per channel",
     NanGradient: "the gradient of a.weight is not finite",
     Thawing: "a.weight is frozen, but a training step changes it",
     ThawingStage: "a.weight is frozen, but a training step changes it",
@@ -233,9 +311,19 @@ FAULTS = {
     Uncopyable: "cannot be copied: only one of me",
     Unpicklable: "cannot be pickled",
     WrongWhenPickled: "c1 differs after pickling",
-    ReadsMemory: "channels-last memory end in: view size is not compatible",
+    ReadsMemory: "view size is not compatible .* in channels-last memory",
     ReadsStrides: "c1 differs for images in channels-last memory",
     Unexportable: "torch.export refuses it",
+    WrongWhenExported: "c1 differs after torch.export",
+    WrongWhenCopied: "c1 differs in a deep copy",
+    Unfreezing: "a.weight is frozen, but a training step changes it",
+    ThawingLater: "b.weight is frozen, but a training step changes it",
+    NoSuchStage: r"stages\['stem'\] names conv1, which it does not have",
+    SecondByFirst: "c1 of an image depends on what else is in its batch",
+    HiddenStatistic: "c1 differs after a round trip through the state dict",
+    HiddenCounter: "mean is changed by a forward pass in evaluation",
+    OtherPrecision: "c1 of images in torch.float32 must be a tensor of this kind, got torch.float16",
+    EvenOnly: r"forward of images \(2, 3, 96, 65\) ends in: input must be",
     WrongOrder: r"in this order, got \['c2', 'c1'\]",
     MissingLevel: r"got \['c1'\]",
     NotADict: "must return a dict .* got list",
@@ -273,6 +361,81 @@ def test_faults_are_named(fault: type[nn.Module]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("fault", [Crowd, ReadsStrides, WrongWhenExported])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions_hide_no_fault(fault: type[nn.Module], dtype: torch.dtype) -> None:
+    check_backbone(Honest().to(dtype))
+    with pytest.raises(UsageError, match=FAULTS[fault]):
+        check_backbone(fault().to(dtype))
+
+
+class ExtraState(Honest):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 2}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 2}
+
+
+class Quantised(Honest):
+    """Its first parameter is of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight = nn.Parameter(torch.ones(4, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        c1 = F.conv2d(images, self.a.weight.to(images.dtype), self.a.bias, 2, 1)
+        return {"c1": c1, "c2": self.b(c1)}
+
+
+class PlainNorm(Honest):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6, affine=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = super().forward(images)
+        return {**maps, "c2": self.bn(maps["c2"])}
+
+
+class Buffers(nn.Module):
+    """No parameters; a fixed filter in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = {"c1": FeatureSpec(1, 2)}
+        self.register_buffer("filter", torch.ones(1, 3, 3, 3, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"c1": F.conv2d(images, self.filter, stride=2, padding=1)}
+
+
+@pytest.mark.parametrize("body", [ExtraState, Quantised, PlainNorm, Buffers])
+def test_unusual_but_right_ones_pass(body: type[nn.Module]) -> None:
+    subject = body()
+    state = torch.get_rng_state()
+    check_backbone(subject)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody's random numbers are used up
+
+
+@pytest.mark.parametrize(
+    ("subject", "arguments", "message"),
+    [
+        (42, {}, "int is not an nn.Module"),
+        (nn.Identity(), {}, "Identity.features must be a dict"),
+        (Honest().to("meta"), {}, "on meta computes nothing"),
+        (Honest(), {"sizes": (64, 65)}, "64 in sizes is no"),
+        (Honest(), {"sizes": ((64, 0),)}, r"\(64, 0\) in sizes is no"),
+        (Honest(), {"in_channels": 4}, "forward of images .* ends in: "),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(subject: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        check_backbone(subject, **arguments)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_check_can_be_left_out_by_name() -> None:
     check_backbone(Unexportable(), skip=["exported"])
     with pytest.raises(UsageError, match=r"skip=\['export'\] names no check; there are maps, "):
@@ -282,7 +445,7 @@ def test_a_check_can_be_left_out_by_name() -> None:
 
 
 def test_every_check_has_a_body_that_fails_it() -> None:
-    """Each fault above is found by the check it is meant for: with that one left out, it passes."""
+    """By that check alone: all others are left out."""
     finders = {
         "maps": WrongChannels,
         "deterministic": Counting,

@@ -79,24 +79,22 @@ def images_for(name: str) -> Tensor:
     return torch.randn(2, 3, side + 1, side, dtype=torch.float64)
 
 
-SAME_WIDTHS = (
-    "resnet101",
-    "resnet152",
-    "resnet200",
-    "wide_resnet101_2",
-    "resnext26_32x4d",
-    "resnext101_2x40d",
-)
-SAME_WIDTHS += (
-    "resnext101_4x24d",
-    "resnext101_8x14d",
-    "resnext101_32x4d",
-    "resnext152_32x8d",
-    "seresnext101_32x4d",
-)
+# With one block a stage, networks of the same width, stem and options are the same.
+WIDTHS = [
+    *(
+        "resnet50",
+        "wide_resnet50_2",
+        "resnext50_2x40d",
+        "resnext50_4x24d",
+        "resnext50_8x14d",
+        "resnext50_32x4d",
+    ),
+    *("resnext101_1x100d", "resnext101_2x64d", "resnext101_64x4d", "resnext101_32x8d", "seresnext50_32x4d"),
+    *("resnext29_1x64d", "resnext29_8x64d", "resnext29_16x64d", "resnext29_32x4d"),
+]
 
 
-@pytest.mark.parametrize("name", [name for name in BOTTLENECKS if name not in SAME_WIDTHS])
+@pytest.mark.parametrize("name", WIDTHS)
 def test_every_width(name: str, shallow: Callable[..., ResNeXt]) -> None:
     torch.manual_seed(0)
     check_all_conversions(lived(shallow(name)), images_for(name))
@@ -194,7 +192,7 @@ def test_a_branch_is_what_the_figure_shows() -> None:
     assert list(shapes(b)) == 32 * list(shapes(b.branches[0])) + [(256, 128, 1, 1)]
     assert list(shapes(block)) == [(128, 256, 1, 1), (128, 4, 3, 3), (256, 128, 1, 1)]
     counts = {sum(p.numel() for p in module.parameters()) for module in (a, b, block)}
-    assert len(counts) == 1  # the same number of parameters, as section 3.2 says
+    assert len(counts) == 1  # the same number of parameters, as section 3.3 says
 
 
 def test_the_original_is_left_alone_and_shares_nothing() -> None:
@@ -238,6 +236,50 @@ def test_a_body_within_something_larger() -> None:
     other = convert(net, "a")
     assert not any(type(module) is Bottleneck for module in other.modules())
     assert same_bits(convert(other, "c"), net)
+
+
+def test_a_block_in_two_places_stays_one() -> None:
+    block = Bottleneck(BlockSpec(32, 8, 32, cardinality=4))
+    twice = convert(nn.Sequential(block, block), "a")
+    assert twice[0] is twice[1]
+    assert same_bits(convert(twice, "c"), nn.Sequential(block, block))
+
+
+def test_branches_may_be_taken_out_of_form_a() -> None:
+    block = lived_block()
+    split = convert(block, "a")
+    split.branches = split.branches[:2]
+    joined = convert(split, "c")
+    x = torch.randn(1, 32, 5, 5, dtype=torch.float64)
+    assert joined.conv2.groups == joined.cardinality == 2
+    assert relative(split(x), joined(x)) < 1e-12
+    assert relative(convert(joined, "b")(x), joined(x)) < 1e-12
+    incomplete = convert(block, "b")
+    incomplete.branches = incomplete.branches[:2]
+    with pytest.raises(UsageError, match="2 branches before a 1×1 convolution of 4"):
+        convert(incomplete, "c")
+
+
+def lived_block() -> nn.Module:
+    torch.manual_seed(0)
+    return Bottleneck(BlockSpec(32, 8, 32, cardinality=4)).double().eval()
+
+
+def test_branches_that_differ_are_not_joined() -> None:
+    split = convert(lived_block(), "a")
+    split.branches[3].norm1.eps = 0.1
+    with pytest.raises(UsageError, match=r"branches differ: .*eps=0\.1"):
+        convert(split, "c")
+
+
+def test_a_block_of_ones_own_is_named() -> None:
+    class Special(Bottleneck):
+        pass
+
+    with pytest.raises(UsageError, match="Special may compute something else"):
+        convert(ResNeXt((1, 1), 4, 4, block=Special), "a")
+    with pytest.raises(UsageError, match="Special may compute something else"):
+        convert(Special(BlockSpec(8, 8, 8)), "a")
 
 
 def test_what_cannot_be_split_is_refused() -> None:

@@ -472,6 +472,7 @@ def test_two_at_once_get_the_same_file(server: Server, hub: Path) -> None:
     for body in bodies:
         assert_holds(body, state)
     assert kept_in(hub) == [f"{digest_of(packed(state))}.safetensors"]
+    assert socket.getdefaulttimeout() is None  # the limit of a download is not the process's
 
 
 # timm's names

@@ -336,3 +336,21 @@ def test_wandb_holds_configuration_recipe_metrics_and_boxes(start):
     shown = [row["val/pictures"] for row in run["history"] if "val/pictures" in row]
     assert any(picture.get("count") == 2 for picture in shown)
     assert "predictions" in json.dumps(shown)
+
+
+def test_a_body_for_other_channels_is_refused(start):
+    with pytest.raises(UsageError, match="reads images of 4 channels, those of a run have 3"):
+        start("+backbone.in_channels=4")
+
+
+@pytest.mark.slow
+def test_a_body_that_converts_its_images_knows_its_own_weights(start, capsys):
+    """test_resnet.r160_in1k was trained on RGB less 0.5 over 0.5, which `TimmBody` sees to."""
+    small = [word for word in SMALL if not word.startswith("backbone=")]
+    words = ["backbone=timm", "backbone.name=test_resnet.r160_in1k", "debug=fast"]
+    first = start(*words, "run_id=one", small=small)
+    capsys.readouterr()
+    second = start(*words, "run_id=two", f"backbone.weights={first}", small=small)
+    assert "warning: " not in capsys.readouterr().out
+    receipt = json.loads((second / "weights.json").read_text())
+    assert receipt["normalisation"] == {"mean": [0.5] * 3, "std": [0.5] * 3}

@@ -1,5 +1,6 @@
 """Loading: every kind of source, every fault of one, the receipt. Freezing: what must not move, does not."""
 
+import argparse
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from resnext_backbones import (
     load_weights,
     resnet18,
     resnext26_32x4d,
+    weight_files,
 )
 from resnext_backbones.weights import save_weights
 
@@ -526,3 +528,63 @@ def test_freezing_beyond_the_stages_is_refused(at: Any) -> None:
 def test_freezing_wants_declared_stages() -> None:
     with pytest.raises(UsageError, match=r"fpn\.body"):
         freeze(FPN(tiny(), 16), 2)
+
+
+# Another network
+
+
+def test_a_deeper_network_is_refused(tmp_path: Path) -> None:
+    deeper = ResNeXt((1, 2, 1, 1), block="basic", base_width=8)
+    save_weights(deeper, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"layer2\.1\.bn1\.bias has no place in it"):
+        load_weights(tiny(), tmp_path / "a.safetensors")
+    receipt = load_weights(tiny(), tmp_path / "a.safetensors", allow_partial=["layer2"])
+    assert "layer2.1.bn2.bias" in receipt.unexpected
+
+
+def test_a_network_with_more_in_its_blocks_is_refused(tmp_path: Path) -> None:
+    save_weights(tiny(se_reduction=8), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"layer1\.0\.se\.fc1\.weight has no place in it"):
+        load_weights(tiny(), tmp_path / "a.safetensors")
+
+
+def test_what_lies_outside_the_stages_is_no_fault(tmp_path: Path) -> None:
+    torch.save(detector_checkpoint(), tmp_path / "a.ckpt")
+    assert any("rpn." in name for name in load_weights(tiny(), tmp_path / "a.ckpt").unexpected)
+
+
+def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
+    save_weights(tiny(), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"allow_partial=\['fcc'\]: ResNeXt has the stages"):
+        load_weights(tiny(), tmp_path / "a.safetensors", allow_partial=("fcc",))
+
+
+def test_nothing_is_loaded_into_meta(tmp_path: Path) -> None:
+    save_weights(tiny(), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="ResNeXt is on meta"):
+        load_weights(tiny().to("meta"), tmp_path / "a.safetensors")
+
+
+def test_arguments_beside_the_weights_do_no_harm(tmp_path: Path) -> None:
+    """As torchvision's and timm's training scripts save them."""
+    torch.save({"model": tiny().state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
+    assert load_weights(tiny(), tmp_path / "a.pth").prefix == "model."
+
+
+def test_a_file_that_unfolds_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "MOST_TENSORS", 1000)
+    content: dict[str, Any] = {"x": torch.zeros(1)}
+    for _ in range(30):
+        content = {"a": content, "b": content}
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UsageError, match="more than 1,000 tensors"):
+        load_weights(tiny(), tmp_path / "a.pth")
+
+
+def test_freezing_is_all_or_nothing() -> None:
+    body = tiny()
+    body.layer2[0].bn2 = nn.BatchNorm2d(128, affine=False)
+    with pytest.raises(UsageError, match=r"cannot freeze 0\.bn2, a .*BatchNorm2d"):
+        freeze(body, at=5)
+    assert all(p.requires_grad for p in body.parameters())
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in body.modules())
