@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steppers: list[Stepper] = []
     try:
         setting = _setting(args)
+        for name in args.networks:  # a slip in the last name must not wait for the others to be built
+            if name not in VARIANTS and "." not in name and ":" not in name:
+                raise _unknown(name)
         if args.plot is not None:
             check_target(args.plot)
             _check_points(args.networks, args.y)
@@ -80,9 +83,13 @@ def build(name: str, body: bool = False) -> nn.Module:
     module, dot, attribute = name.rpartition(".")
     if dot and not colon:
         return _imported(name, module, attribute)
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UsageError:
     near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(VARIANTS)},"
-    raise UsageError(f"no network {name}; {hint} (or torchvision:NAME, timm:NAME, my.module.Net)")
+    return UsageError(f"no network {name}; {hint} (or torchvision:NAME, timm:NAME, my.module.Net)")
 
 
 def _imported(name: str, module: str, attribute: str) -> nn.Module:
@@ -123,7 +130,10 @@ def _show(steppers: Sequence[Stepper], setting: Setting, args: argparse.Namespac
         elif args.csv:
             as_csv([_flat(row) for row in rows])
         else:
-            as_table(_table(costs, args.inference_only), _footer([cost for _, cost in costs], setting))
+            notes = _footer([cost for _, cost in costs], setting)
+            if not args.body and any(":" in name for name in args.networks):
+                notes.append("torchvision's and timm's without their classifiers; --body measures all so")
+            as_table(_table(costs, args.inference_only), notes)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +216,7 @@ def _draw(steppers: list[Stepper], setting: Setting, args: argparse.Namespace) -
         y = cost.macs / 1e9 if args.y == "gmacs" else _top1(stepper.name)
         if y is not None and cost.inference is not None:
             points.append(Point(stepper.name, cost.inference, y))
-    label = "GMACs of one image" if args.y == "gmacs" else "published top-1 on ImageNet-1K, one crop (%)"
+    label = "GMACs of one image" if args.y == "gmacs" else "published top-1 on ImageNet-1K, one 224² crop (%)"
     plot(points, label, setting, args.plot)
 
 

@@ -82,3 +82,34 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in err
     assert err.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("module", ["resnext_backbones", "resnext_backbones.cost"])
+def test_a_reader_who_has_seen_enough(module: str) -> None:
+    words = "resnet18 --size 32 --steps 1 --inference-only" if module.endswith("cost") else ""
+    shell = f"{sys.executable} -m {module} {words} --csv | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.split() == ["0"]
+
+
+def test_a_full_disk_is_one_line() -> None:
+    shell = f"{sys.executable} -m resnext_backbones resnet18 > /dev/full"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "python -m resnext_backbones: cannot write the output: No space left on device; give it another place"
+    ]
+
+
+def test_a_narrow_terminal_breaks_no_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["resnext50_32x4d"]) == 0
+    assert "resnext50_32x4d" in capsys.readouterr().out
+
+
+def test_names_and_equal_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resnet50", "--equal", "2"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err

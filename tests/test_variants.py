@@ -1,6 +1,7 @@
 """The published networks: their counts, the paper's tables from the code, the accuracies listed with them."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -85,6 +86,17 @@ def test_counts_of_detectors(name: str, frozen: tuple[int, int], trainable: tupl
         with torch.device("meta"):
             model = detector(FPN(VARIANTS[name].build()), 91)
         assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_network_under_the_pyramid(name: str) -> None:
+    """p2 … p6; CIFAR's networks, which begin at stride 1, have p0 … p3."""
+    with torch.device("meta"):
+        backbone = FPN(VARIANTS[name].build(), out_channels=8)
+        maps = backbone(torch.empty(1, 3, 65, 96))
+    levels = range(4) if name.startswith("resnext29") else range(2, 7)
+    expected = {f"p{i}": (1, 8, math.ceil(65 / 2**i), math.ceil(96 / 2**i)) for i in levels}
+    assert {level: tuple(x.shape) for level, x in maps.items()} == expected
 
 
 # Table 1
