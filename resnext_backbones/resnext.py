@@ -1,7 +1,7 @@
 """ResNeXt (arXiv 1611.05431); with cardinality 1, ResNet (arXiv 1512.03385) and Wide ResNet (1605.07146)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -112,31 +112,24 @@ class ResNeXt(nn.Module):
         strides = [(4 if self.pooled else 1) * 2**i for i in range(len(depths))]
         if output_stride is not None and _count("output_stride", output_stride) not in strides:
             raise UsageError(f"ResNeXt: output_stride={output_stride} must be one of {strides}")
-        limit = output_stride or strides[-1]
-        channels, stride, dilation, n_blocks = 64, strides[0], 1, 0
-        for i, depth in enumerate(depths):
-            goal = min(strides[i], limit)
-            before, dilation = dilation, strides[i] // goal
-            blocks = []
-            for _ in range(depth):
-                n_blocks += 1
-                spec = BlockSpec(
-                    in_channels=channels,
-                    width=width * 2**i,
-                    out_channels=64 * 2**i * make_block.expansion,
-                    stride=goal // stride,
-                    cardinality=width * 2**i if depthwise else cardinality,
-                    dilations=(before, dilation),
-                    stride_in_1x1=stride_in_1x1,
-                    se_reduction=se_reduction,
-                    drop_rate=stochastic_depth * n_blocks / sum(depths),
-                    norm=make_norm,
-                )
-                blocks.append(make_block(spec))
-                channels, stride, before = spec.out_channels, goal, dilation
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-            self.stages[f"layer{i + 1}"] = (f"layer{i + 1}",)
-            self.features[f"c{i + 2}"] = FeatureSpec(channels, stride)
+        reached = [min(stride, output_stride or stride) for stride in strides]
+        stages = template(
+            depths,
+            width,
+            make_block.expansion,
+            strides,
+            reached,
+            stochastic_depth,
+            cardinality=None if depthwise else cardinality,
+            stride_in_1x1=stride_in_1x1,
+            se_reduction=se_reduction,
+            norm=make_norm,
+        )
+        for i, specs in enumerate(stages):
+            layer, channels = f"layer{i + 1}", specs[-1].out_channels
+            self.add_module(layer, nn.Sequential(*map(make_block, specs)))
+            self.stages[layer] = (layer,)
+            self.features[f"c{i + 2}"] = FeatureSpec(channels, reached[i])
         self.norm = None
         if make_block.preactivation:  # what the last block has added to is neither normalised nor activated
             self.norm = make_norm(channels)
@@ -177,6 +170,46 @@ class ResNeXt(nn.Module):
             raise UsageError("ResNeXt: a body without a classifier; build it with num_classes=…")
         *_, x = self(images).values()
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def template(
+    depths: Sequence[int],
+    width: int,
+    expansion: int,
+    strides: Sequence[int],
+    reached: Sequence[int],
+    stochastic_depth: float,
+    cardinality: int | None,
+    **shared: Any,
+) -> Iterator[list[BlockSpec]]:
+    """The blocks of each stage: alike within it, twice as wide in the next (arXiv 1611.05431, section 3.1).
+
+    Args:
+        width: inside the blocks of the first stage.
+        strides: of the stages' maps in the plain network.
+        reached: their strides here; where they are less, dilation makes up for it.
+        cardinality: None for as many groups as channels.
+        shared: what all blocks have in common.
+    """
+    channels, stride, dilation, n_blocks = 64, strides[0], 1, 0
+    for i, depth in enumerate(depths):
+        before, dilation = dilation, strides[i] // reached[i]
+        specs = []
+        for _ in range(depth):
+            n_blocks += 1
+            spec = BlockSpec(
+                in_channels=channels,
+                width=width * 2**i,
+                out_channels=64 * 2**i * expansion,
+                stride=reached[i] // stride,
+                cardinality=cardinality or width * 2**i,
+                dilations=(before, dilation),
+                drop_rate=stochastic_depth * n_blocks / sum(depths),
+                **shared,
+            )
+            specs.append(spec)
+            channels, stride, before = spec.out_channels, reached[i], dilation
+        yield specs
 
 
 def _count(name: str, value: int) -> int:

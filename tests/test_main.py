@@ -84,6 +84,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert not out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["resnext_backbones", "resnext_backbones.cost"])
 def test_a_reader_who_has_seen_enough(module: str) -> None:
     words = "resnet18 --size 32 --steps 1 --inference-only" if module.endswith("cost") else ""
@@ -93,6 +94,7 @@ def test_a_reader_who_has_seen_enough(module: str) -> None:
     assert done.stdout.split() == ["0"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line() -> None:
     shell = f"{sys.executable} -m resnext_backbones resnet18 > /dev/full"
     done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=120)
