@@ -75,6 +75,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         part.unlink(missing_ok=True)
 
 
+def version(path: Path) -> tuple[int, int, int]:
+    """What changes when the file is replaced or written to."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal, of the file's bytes."""
     with path.open("rb") as file:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .foreign_names import torchvision_names
 from .norm import check_freezable, freeze_norms
 from .receipt import Clash, Normalisation, Receipt, few
 
-LEARNED = ("weight", "bias")  # what has no place in a body is a fault; older files have buffers of all kinds
+LEARNED = ("weight", "bias")  # buffers come and go from release to release, and say little of a network
 
 
 def load_weights(
@@ -52,9 +52,10 @@ def load_weights(
     body.
     """
     file = sources.find(source)
+    before = weight_files.version(file.path)
     sha256 = weight_files.sha256(file.path)
     tensors, metadata = weight_files.read(file.path)
-    if weight_files.sha256(file.path) != sha256:
+    if weight_files.version(file.path) != before:  # the SHA-256 would be of another file than the tensors
         raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
     tensors = torchvision_names(tensors, metadata, file.path)
     normalisation = file.normalisation or weight_files.normalisation_of(metadata, str(source))
@@ -88,18 +89,12 @@ def load_weights(
             f"{source}: 0 of {len(state)} tensors of {type(body).__name__} fit {under}; it has "
             f"{few(tensors)}, wanted are {few(own)}; take weights of the same network"
         )
+    used = {prefix + there for there in own}
+    unused = [name for name in tensors if name not in used and not _is_counter(name)]
     excused = _excused(body, allow_partial)
     faults = [f"{name} is missing" for name in missing if _stage(body, name) not in excused]
     faults += [str(clash) for clash in clashing if _stage(body, clash.name) not in excused]
-    unused = [
-        name for name in tensors if name not in {prefix + there for there in own} and not _is_counter(name)
-    ]
-    inside = getattr(body, "weights_prefix", "")
-    for name in unused:
-        # Deeper, or with something more in its blocks: the source is another network.
-        stage = _stage_within(body, inside + name.removeprefix(prefix)) if name.startswith(prefix) else None
-        if stage is not None and stage not in excused and name.endswith(LEARNED):
-            faults.append(f"{few([name])} has no place in it")
+    faults += [f"{few([name])} has no place in it" for name in _homeless(body, unused, prefix, excused)]
     if faults:
         raise UsageError(
             f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(state)} tensors fit "
@@ -315,6 +310,16 @@ def _excused(body: nn.Module, allow_partial: bool | Collection[str]) -> set[str]
             f"allow_partial={unknown}: {type(body).__name__} has the stages {', '.join(sorted(known))}"
         )
     return stages
+
+
+def _homeless(body: nn.Module, unused: list[str], prefix: str, excused: set[str]) -> Iterator[str]:
+    """Weights for its stages that the body has not: of a deeper network, or one with more in its blocks."""
+    inside = getattr(body, "weights_prefix", "")
+    for name in unused:
+        if name.startswith(prefix) and name.endswith(LEARNED):
+            stage = _stage_within(body, inside + name.removeprefix(prefix))
+            if stage is not None and stage not in excused:
+                yield name
 
 
 def _stage(body: nn.Module, name: str) -> str:

@@ -588,3 +588,17 @@ def test_freezing_is_all_or_nothing() -> None:
         freeze(body, at=5)
     assert all(p.requires_grad for p in body.parameters())
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in body.modules())
+
+
+def test_a_file_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run's best.ckpt may be; the receipt's SHA-256 would be of other weights."""
+    path = tmp_path / "a.safetensors"
+    save_weights(tiny(), path)
+    read = weight_files.read
+
+    def replaced_meanwhile(*args: Any) -> Any:
+        save_weights(tiny(), path)
+        return read(*args)
+
+    monkeypatch.setattr(weight_files, "read", replaced_meanwhile)
+    refused(tiny(), path, "was written while it was read")
