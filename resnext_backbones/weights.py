@@ -55,7 +55,9 @@ def load_weights(
     before = weight_files.version(file.path)
     sha256 = weight_files.sha256(file.path)
     tensors, metadata = weight_files.read(file.path)
-    if weight_files.version(file.path) != before:  # the SHA-256 would be of another file than the tensors
+    if weight_files.version(file.path) != before and weight_files.sha256(file.path) != sha256:
+        # the SHA-256 could be of another file than the tensors; an equal file may come at any time, from a
+        # process that downloads the same
         raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
     tensors = torchvision_names(tensors, metadata, file.path)
     normalisation = file.normalisation or weight_files.normalisation_of(metadata, str(source))

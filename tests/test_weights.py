@@ -4,7 +4,9 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -602,3 +604,18 @@ def test_a_file_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(weight_files, "read", replaced_meanwhile)
     refused(tiny(), path, "was written while it was read")
+
+
+def test_an_equal_file_may_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that download the same weights each put them under the same name."""
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_weights(tiny(), path)
+    read = weight_files.read
+
+    def replaced_meanwhile(*args: Any) -> Any:
+        shutil.copy(path, other)
+        os.replace(other, path)
+        return read(*args)
+
+    monkeypatch.setattr(weight_files, "read", replaced_meanwhile)
+    assert load_weights(tiny(), path).sha256 == weight_files.sha256(path)
