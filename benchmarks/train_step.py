@@ -18,7 +18,7 @@ from torchvision.models.detection import FasterRCNN
 
 from resnext_backbones import FPN, resnext50_32x4d
 from tasks.provenance import versions
-from tasks.rcnn import MEAN, STD, faster_rcnn, roi_align
+from tasks.models.rcnn import MEAN, STD, faster_rcnn, roi_align
 
 CLASSES = 20
 GOAL = 3.0  # docs: torchvision's time divided by ours, on two CPU cores

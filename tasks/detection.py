@@ -6,13 +6,13 @@ from torch import Tensor
 
 from tasks.base import BaseTask
 from tasks.data.transforms import DetectionBatch
-from tasks.metrics import CocoAP
+from tasks.metrics.coco import CocoAP
 
 
 class DetectionTask(BaseTask):
     """Trains any detector that gives a dict of losses in training mode and detections otherwise.
 
-    Args: those of `BaseTask`; `model` is called as `model(images, sizes, targets)` (see `tasks.rcnn.RCNN`).
+    Args: those of `BaseTask`; `model` is called as `model(images, sizes, targets)` (see `tasks.models.rcnn.RCNN`).
     """
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tasks.metrics import CocoAP
+from tasks.metrics.coco import CocoAP
 
 # In the order of pycocotools' stats.
 BOX_NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]

@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as masks
 
 from resnext_backbones.errors import UsageError
-from tasks.metrics import CocoAP
+from tasks.metrics.coco import CocoAP
 
 BOX = [10.0, 10.0, 60.0, 60.0]  # xyxy; 2500 square pixels: "medium"
 ENGINES = ["hotcoco", "pycocotools"]

@@ -8,7 +8,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from resnext_backbones import FPN, resnet18, resnext26_32x4d
-from tasks.rcnn import StridedAnchors, faster_rcnn
+from tasks.models.rcnn import StridedAnchors, faster_rcnn
 
 SMALL = {"fpn_channels": 32, "head_channels": 64, "rpn_batch": 32, "roi_batch": 32, "proposals_train": 50}
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from resnext_backbones.errors import UsageError
 from tasks.checkpoint import replacing
-from tasks.coco_engines import ENGINES, available
+from tasks.metrics.coco_engines import ENGINES, available
 
 PREFIX = {"bbox": "", "segm": "mask_", "keypoints": "keypoint_"}  # of a metric's name
 FIELD = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # in COCO's results format
