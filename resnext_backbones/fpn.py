@@ -2,12 +2,30 @@
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .errors import UsageError
 from .features import FeatureSpec, declared_features
+
+
+class StridedLevels(LastLevelP6P7):
+    """torchvision's p6 and p7, but no convolution of stride 2 sees a map that is one pixel wide.
+
+    On a CPU, torch 2.15's gradient of its weights in bfloat16 is then memory nobody wrote to: NaN as a rule. A
+    column of zeros beside the pixel changes nothing else.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(_widened(p[-1] if self.use_P5 else c[-1]))
+        p7 = self.p7(_widened(F.relu(p6)))
+        return [*p, p6, p7], [*names, "p6", "p7"]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1)) if x.shape[-1] == 1 else x
 
 
 class FPN(nn.Module):
@@ -56,7 +74,7 @@ class FPN(nn.Module):
                 extra, n_extra = LastLevelMaxPool(), 1
             case "conv_c5" | "conv_p5":
                 source = specs[-1].channels if extra_levels == "conv_c5" else out_channels
-                extra, n_extra = LastLevelP6P7(source, out_channels), 2
+                extra, n_extra = StridedLevels(source, out_channels), 2
                 # torchvision guesses it from the channels, wrongly where c5 and p5 have equally many.
                 extra.use_P5 = extra_levels == "conv_p5"
             case _:

@@ -109,3 +109,27 @@ def test_grouped_body_trains_under_the_pyramid() -> None:
     fpn = FPN(ResNeXt((1, 1, 1, 1), cardinality=8, base_width=4), 32)
     sum(x.square().mean() for x in fpn(torch.randn(2, 3, 64, 64)).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in fpn.parameters())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64), (256, 64)])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="bfloat16 goes through oneDNN")
+def test_gradients_of_tiny_maps_in_bfloat16_are_those_of_float32(size: tuple[int, int]) -> None:
+    """Of a map one pixel wide, torch's gradient of a strided convolution is memory nobody wrote to."""
+    torch.manual_seed(0)
+    pyramid, images = FPN(tiny(), 64, "conv_c5", finest="c3").eval(), torch.randn(4, 3, *size)
+
+    def gradients(bfloat16: bool) -> list[torch.Tensor]:
+        pyramid.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            maps = pyramid(images)
+        sum(maps[level].float().square().sum() for level in ("p6", "p7")).backward()
+        return [
+            layer.weight.grad.clone() for layer in (pyramid.fpn.extra_blocks.p6, pyramid.fpn.extra_blocks.p7)
+        ]
+
+    expected = gradients(bfloat16=False)
+    for _ in range(5):
+        junk = [torch.full_like(g, torch.nan, dtype=torch.bfloat16) for g in expected for _ in range(4)]
+        del junk  # what the allocator hands out next
+        for found, wanted in zip(gradients(bfloat16=True), expected, strict=True):
+            assert (found - wanted).norm() < 0.05 * wanted.norm()
