@@ -1,54 +1,23 @@
 """Two-stage detectors: torchvision's proposal network and heads over a backbone that declares its strides."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
-from resnext_backbones import FPN, FeatureSpec
-
-# ImageNet's mean and standard deviation of RGB in 0…255, which published weights were trained with.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
-
-
-class StridedAnchors(AnchorGenerator):
-    """Anchors centred on each cell of each level, in float32 whatever the features' precision.
-
-    torchvision infers a level's stride from the sizes of image and feature map, which is wrong for sizes
-    that the stride does not divide, and makes anchors in the features' dtype, which under bf16 misplaces them
-    by pixels. Here strides are the declared ones.
-
-    Args:
-        strides: pixels between cells, a level.
-        scales: sides of the square anchors as multiples of the stride; 8 in FPN (arXiv 1612.03144, §4.1).
-        aspect_ratios: height ÷ width.
-    """
-
-    def __init__(
-        self,
-        strides: Sequence[int],
-        scales: Sequence[float] = (8,),
-        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
-    ) -> None:
-        sizes = tuple(tuple(scale * stride for scale in scales) for stride in strides)
-        super().__init__(sizes, (tuple(aspect_ratios),) * len(sizes))
-        self.strides = list(strides)
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        device = feature_maps[0].device
-        self.set_cell_anchors(torch.float32, device)
-        grids = [list(level.shape[-2:]) for level in feature_maps]
-        strides = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
-        anchors = torch.cat(self.grid_anchors(grids, strides))
-        return [anchors] * len(image_list.image_sizes)
+from resnext_backbones import FPN, UsageError
+from tasks.models.anchors import StridedAnchors
+from tasks.models.evaluation import evaluating
+from tasks.models.normalise import Normalised, shapes_of
 
 
 class Float32RPNHead(RPNHead):
@@ -70,20 +39,31 @@ class Float32Predictor(FastRCNNPredictor):
         return scores.float(), deltas.float()
 
 
-class RCNN(nn.Module):
+class Float32MaskPredictor(MaskRCNNPredictor):
+    """torchvision's predictor, whose logits leave it as float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class Float32KeypointPredictor(KeypointRCNNPredictor):
+    """torchvision's predictor, whose heatmaps are enlarged in float32: a maximum is looked for in them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.kps_score_lowres(x).float()
+        x = F.interpolate(x, scale_factor=self.up_scale, mode="bilinear", align_corners=False)
+        return x.contiguous()  # torchvision's loss takes a view of it, which channels last do not allow
+
+
+class RCNN(Normalised):
     """A backbone, a region proposal network and the heads of its regions (Ren et al., arXiv 1506.01497).
 
     Parameters carry torchvision's names (`backbone.body.*`, `backbone.fpn.*`, `rpn.*`, `roi_heads.*`).
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, rpn: RegionProposalNetwork, roi_heads: RoIHeads) -> None:
+    def __init__(self, backbone: FPN, rpn: RegionProposalNetwork, roi_heads: RoIHeads) -> None:
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -94,27 +74,60 @@ class RCNN(nn.Module):
             images: uint8 [B, 3, H, W], RGB, padded at the right and at the bottom.
             sizes: int64 [B, 2], height and width of each image within its padding.
             targets: in training mode, for each image `boxes` (float32 [N, 4], xyxy, pixels) and `labels`
-                (int64 [N], 1…K); N may be 0.
+                (int64 [N], 1…K); N may be 0. With a mask head also `masks` (uint8 [N, h, w], 0 or 1), with a
+                keypoint head `keypoints` (float32 [N, k, 3]: x, y, visibility).
 
         Returns:
             In training mode four scalars: `loss_objectness`, `loss_rpn_box_reg`, `loss_classifier`,
-            `loss_box_reg`. Otherwise for each image `boxes` (float32 [N, 4], xyxy, pixels of the given
-            image), `scores` (float32 [N], 0…1, descending) and `labels` (int64 [N]).
+            `loss_box_reg`; with their heads `loss_mask`, `loss_keypoint`. Otherwise for each image `boxes`
+            (float32 [N, 4], xyxy, pixels of the given image), `scores` (float32 [N], 0…1, descending) and
+            `labels` (int64 [N]); with their heads `masks` (float32 [N, 28, 28], 0…1, of the box's inside),
+            `keypoints` (float32 [N, k, 3]: x, y, 1) and `keypoint_scores` (float32 [N, k], heatmap's logits).
         """
-        shapes = [(int(height), int(width)) for height, width in sizes.tolist()]
-        x = self.normalise(images, shapes)
-        features = self.backbone(x)
-        proposals, rpn_losses = self.rpn(ImageList(x, shapes), features, targets)
-        detections, roi_losses = self.roi_heads(features, proposals, shapes, targets)
-        return {**rpn_losses, **roi_losses} if self.training else detections
+        given, features = self._features(images, sizes)
+        if self.training:
+            return self._losses(given, features, targets)
+        return self._detections(given, features)
 
-    def normalise(self, images: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Zero mean, unit variance; the padding is exactly 0, as torchvision pads after it normalises."""
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        for image, (height, width) in zip(x, shapes, strict=True):
-            image[:, height:] = 0
-            image[:, :, width:] = 0
-        return x
+    def evaluate(
+        self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections, and the losses that training would compute, from one pass through the backbone.
+
+        Norms and dropout stay in evaluation mode. What is sampled for the losses is drawn from a fixed seed,
+        and the random state is left as it was. Arguments and results are those of `forward`.
+        """
+        with evaluating(self, images.device):
+            given, features = self._features(images, sizes)
+            detections = self._detections(given, features)
+            # Only these two, not the layers in them: they sample, and give losses for detections.
+            self.rpn.training = self.roi_heads.training = True
+            return detections, self._losses(given, features, targets)
+
+    def _features(self, images: Tensor, sizes: Tensor) -> tuple[ImageList, dict[str, Tensor]]:
+        shapes = shapes_of(sizes)
+        x = self.normalise(images, shapes)
+        return ImageList(x, shapes), self.backbone(x)
+
+    def _losses(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        targets: Sequence[Mapping[str, Tensor]] | None,
+    ) -> dict[str, Tensor]:
+        proposals, rpn_losses = self.rpn(images, features, targets)
+        _, roi_losses = self.roi_heads(features, proposals, images.image_sizes, targets)
+        return {**rpn_losses, **roi_losses}
+
+    def _detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        proposals, _ = self.rpn(images, features)
+        detections, _ = self.roi_heads(features, proposals, images.image_sizes)
+        for found in detections:
+            if "masks" in found:
+                found["masks"] = found["masks"][:, 0]
+            if "keypoints" in found:
+                found["keypoint_scores"] = found.pop("keypoints_scores")
+        return detections
 
 
 def faster_rcnn(
@@ -163,9 +176,8 @@ def faster_rcnn(
         post_nms_top_n=top_n,
         nms_thresh=0.7,
     )
-    pooled = dict(list(backbone.features.items())[: len(backbone.levels)])  # without the extra level
     roi_heads = RoIHeads(
-        roi_align(pooled, 7, roi_canonical_size),
+        roi_align(backbone, 7, roi_canonical_size),
         TwoMLPHead(fpn_channels * 7 * 7, head_channels),
         Float32Predictor(head_channels, num_classes + 1),
         fg_iou_thresh=0.5,
@@ -180,10 +192,65 @@ def faster_rcnn(
     return RCNN(backbone, rpn, roi_heads)
 
 
-def roi_align(
-    features: Mapping[str, FeatureSpec], output_size: int, canonical_size: int
-) -> MultiScaleRoIAlign:
-    """RoIAlign over several levels by their declared strides (FPN, equation 1), none of them inferred."""
+def mask_rcnn(
+    body: nn.Module,
+    num_classes: int,
+    *,
+    mask_channels: int = 256,
+    roi_canonical_size: int = 224,
+    **settings: Any,
+) -> RCNN:
+    """Mask R-CNN on an FPN (He et al., arXiv 1703.06870, figure 4, right): Faster R-CNN and a head of masks.
+
+    Four 3×3 convolutions on regions of 14×14, enlarged to 28×28, and one mask a class, each by its own
+    sigmoid.
+
+    Args:
+        mask_channels: width of the mask head.
+        settings: those of `faster_rcnn`.
+    """
+    model = faster_rcnn(body, num_classes, roi_canonical_size=roi_canonical_size, **settings)
+    heads, channels = model.roi_heads, model.backbone.out_channels
+    heads.mask_roi_pool = roi_align(model.backbone, 14, roi_canonical_size)
+    heads.mask_head = MaskRCNNHeads(channels, (mask_channels,) * 4, dilation=1)
+    heads.mask_predictor = Float32MaskPredictor(mask_channels, mask_channels, num_classes + 1)
+    return model
+
+
+def keypoint_rcnn(
+    body: nn.Module,
+    num_classes: int,
+    num_keypoints: int,
+    *,
+    keypoint_channels: int = 512,
+    roi_canonical_size: int = 224,
+    **settings: Any,
+) -> RCNN:
+    """Keypoint R-CNN on an FPN (He et al., arXiv 1703.06870, §5): Faster R-CNN and a head of heatmaps.
+
+    Eight 3×3 convolutions on regions of 14×14, enlarged to 56×56; a keypoint is the one cell of its heatmap
+    that a softmax over all of them has to find. All classes share the heatmaps.
+
+    Args:
+        num_keypoints: of an object, 17 in COCO.
+        keypoint_channels: width of the keypoint head.
+        settings: those of `faster_rcnn`.
+
+    Raises `UsageError` for fewer than one keypoint.
+    """
+    if num_keypoints < 1:
+        raise UsageError(f"keypoint_rcnn: num_keypoints={num_keypoints}, but it needs one at least")
+    model = faster_rcnn(body, num_classes, roi_canonical_size=roi_canonical_size, **settings)
+    heads, channels = model.roi_heads, model.backbone.out_channels
+    heads.keypoint_roi_pool = roi_align(model.backbone, 14, roi_canonical_size)
+    heads.keypoint_head = KeypointRCNNHeads(channels, (keypoint_channels,) * 8)
+    heads.keypoint_predictor = Float32KeypointPredictor(keypoint_channels, num_keypoints)
+    return model
+
+
+def roi_align(backbone: FPN, output_size: int, canonical_size: int) -> MultiScaleRoIAlign:
+    """RoIAlign over the body's levels by their declared strides (FPN, equation 1), none of them inferred."""
+    features = dict(list(backbone.features.items())[: len(backbone.levels)])  # without the extra level
     pool = MultiScaleRoIAlign(list(features), output_size, sampling_ratio=2, canonical_scale=canonical_size)
     strides = [spec.stride for spec in features.values()]
     pool.scales = [1 / stride for stride in strides]
