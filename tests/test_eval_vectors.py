@@ -56,6 +56,11 @@ def oracle(annotations: Path, results: Path | list, iou_type: str) -> dict[str, 
     return {PREFIXES[iou_type] + name: value for name, value in pairs if value > -1}
 
 
+def coco_alone(numbers: dict[str, float]) -> dict[str, float]:
+    """Without TIDE's, which pycocotools does not know."""
+    return {name: value for name, value in numbers.items() if "TIDE" not in name}
+
+
 def image_ids(annotations: Path) -> list[int]:
     return [image["id"] for image in json.loads(annotations.read_text())["images"]]
 
@@ -83,8 +88,8 @@ def judged(annotations: Path, results: list[dict], iou_type: str, engine: str = 
 def test_published_numbers_of_cocoapi(real_data: Path, iou_type: str, ap: float, engine: str) -> None:
     numbers = judged(*vector(real_data, iou_type), iou_type, engine).compute()
     assert numbers[PREFIXES[iou_type] + "AP"] == ap
-    assert list(numbers) == [PREFIXES[iou_type] + name for name in BOX_NAMES]
-    assert [round(value, 3) for value in numbers.values()] == PUBLISHED[iou_type]
+    assert list(coco_alone(numbers)) == [PREFIXES[iou_type] + name for name in BOX_NAMES]
+    assert [round(value, 3) for value in coco_alone(numbers).values()] == PUBLISHED[iou_type]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -115,8 +120,9 @@ def test_published_number_of_keypoints(real_data: Path, engine: str) -> None:
 def test_engines_agree_to_the_last_bit(real_data: Path, iou_type: str) -> None:
     annotations, results = vector(real_data, iou_type)
     fast, slow = (judged(annotations, results, iou_type, engine) for engine in ENGINES)
-    assert fast.compute() == slow.compute() == oracle(annotations, results, iou_type)
+    assert coco_alone(fast.compute()) == slow.compute() == oracle(annotations, results, iou_type)
     assert fast.per_class == slow.per_class
+    assert fast.per_class_recall_of == slow.per_class_recall_of
     assert np.mean(list(fast.per_class.values())) == pytest.approx(fast.compute()[PREFIXES[iou_type] + "AP"])
 
 
@@ -168,7 +174,7 @@ def test_saved_detections_judged_by_pycocotools_give_the_same_numbers(
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
     assert json.loads(saved.read_text()) == fast.results("bbox")
     assert 0.05 < numbers["AP"] < 0.95
-    assert numbers == slow.compute() == oracle(with_info(annotations, tmp_path), saved, "bbox")
+    assert coco_alone(numbers) == slow.compute() == oracle(with_info(annotations, tmp_path), saved, "bbox")
     assert fast.per_class == slow.per_class
 
 
@@ -224,7 +230,7 @@ def work(rank: int, world: int, folder: Path, annotations: Path, results: list[d
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:AP is of:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*AP is of:UserWarning")
 @pytest.mark.parametrize("world", [2, 3])
 def test_number_of_processes_changes_no_number(real_data: Path, tmp_path: Path, world: int) -> None:
     annotations, results = vector(real_data, "bbox")
@@ -242,4 +248,4 @@ def test_number_of_processes_changes_no_number(real_data: Path, tmp_path: Path, 
         assert report["whole"] == report["repeated"] == report["again"] == one
         assert report["partly"] == partly
         assert report["per_class"] == part.per_class
-    assert oracle(annotations, tmp_path / "predictions_val_bbox.json", "bbox") == one
+    assert oracle(annotations, tmp_path / "predictions_val_bbox.json", "bbox") == coco_alone(one)

@@ -1,8 +1,6 @@
-"""The two evaluators behind `CocoAP`, which give the same numbers to the last bit.
+"""The two evaluators behind `CocoAP`, whose precision and recall are the same to the last bit.
 
-Each takes an annotation file, detections, what is compared, the images to judge and the keypoints' spreads,
-and returns COCO's precision [T, R, K, A, M] and recall [T, K, A, M] over IoU thresholds, recall levels,
-classes, areas and numbers of detections; −1 marks what there is no ground truth for.
+Each takes an annotation file, detections, what is compared, the images to judge and the keypoints' spreads.
 """
 
 import contextlib
@@ -10,11 +8,36 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from resnext_backbones.errors import UsageError
+
+# A detection below this score takes no part in the confusion matrix, as in MMDetection's
+# (tools/analysis_tools/confusion_matrix.py); a detector's hundred guesses an image would bury the rest.
+CONFUSION_SCORE = 0.3
+
+TIDE_ERRORS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss", "FP", "FN")
+
+
+class Tide(NamedTuple):
+    """What each kind of error costs (Bolya et al., arXiv 2008.08115, §2.2), at their thresholds: found from
+    IoU 0.50, background below 0.10."""
+
+    delta_ap: dict[str, float]  # AP50 gained were there none: Cls, Loc, Both, Dupe, Bkg, Miss; FP, FN
+    counts: dict[str, int]  # how many of each of the first six
+
+
+class Judged(NamedTuple):
+    """What an evaluator finds: over IoU thresholds T, recall levels R, classes K, areas A, and numbers of
+    detections M; −1 marks what there is no ground truth for."""
+
+    precision: np.ndarray  # [T, R, K, A, M] float64
+    recall: np.ndarray  # [T, K, A, M] float64
+    # From hotcoco, of boxes and masks only:
+    tide: Tide | None = None
+    confusion: np.ndarray | None = None  # [K + 1, K + 1] int64, rows truth, the last ones background
 
 
 def available(engine: str) -> str:
@@ -23,26 +46,40 @@ def available(engine: str) -> str:
         try:
             import hotcoco  # noqa: F401
         except ImportError as fault:
-            warnings.warn(f"pycocotools computes AP, the same but more slowly: {fault}", stacklevel=3)
+            warnings.warn(
+                f"pycocotools computes AP, the same but more slowly, and no TIDE errors: {fault}",
+                stacklevel=3,
+            )
             return "pycocotools"
     return engine
 
 
 def evaluate_hotcoco(
     annotations: Path, detections: Any, iou_type: str, image_ids: list[int], sigmas: list[float] | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Judged:
     from hotcoco import COCO, COCOeval
 
     try:
         truth = COCO(annotations)
     except ValueError as fault:
         raise UsageError(str(fault)) from fault
-    return _run(COCOeval(truth, truth.load_res(detections), iou_type), image_ids, sigmas)
+    judge = COCOeval(truth, truth.load_res(detections), iou_type)
+    precision, recall = _run(judge, image_ids, sigmas)
+    if iou_type == "keypoints":  # neither is defined on object keypoint similarity
+        return Judged(precision, recall)
+    errors = judge.tide_errors()
+    confusion = judge.confusion_matrix(min_score=CONFUSION_SCORE)["matrix"]
+    return Judged(
+        precision,
+        recall,
+        Tide({error: errors["delta_ap"][error] for error in TIDE_ERRORS}, errors["counts"]),
+        confusion.astype(np.int64),
+    )
 
 
 def evaluate_pycocotools(
     annotations: Path, detections: Any, iou_type: str, image_ids: list[int], sigmas: list[float] | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Judged:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -61,7 +98,7 @@ def evaluate_pycocotools(
         found.createIndex()
         if len(detections):  # loadRes fails on none
             found = truth.loadRes(detections)
-        return _run(COCOeval(truth, found, iou_type), image_ids, sigmas)
+        return Judged(*_run(COCOeval(truth, found, iou_type), image_ids, sigmas))
 
 
 def _run(judge: Any, image_ids: list[int], sigmas: list[float] | None) -> tuple[np.ndarray, np.ndarray]:
