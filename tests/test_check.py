@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from coco_files import HEIGHT, WIDTH, annotation, coco, image, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from tasks.data.check import check_dataset, start_report
-from tasks.data.coco import CocoDataset, read_coco
+from tasks.data.coco import CocoDataset, part_of, read_coco
+from tasks.data.keypoints import skeleton_of
 from tasks.data.pool import Crashed, spread
 from tasks.data.segmentations import decompress, segmentation_fault
 
@@ -304,6 +306,43 @@ def test_an_image_that_hangs_or_kills_its_decoder_is_named(tmp_path: Path) -> No
     assert report.faults["val"][0].ids == (1, 2)
     assert "image 1 '1.png': no result within 1 s" in report.text
     assert "image 2 '2.png': its process ended with code 9" in report.text
+
+
+@pytest.mark.parametrize("target", ["masks", "keypoints", "semantic"])
+def test_what_other_tasks_learn_from_is_checked_and_drawn(
+    real_data: Path, tmp_path: Path, target: str
+) -> None:
+    kind = "person_keypoints" if target == "keypoints" else "instances"
+    root = real_data / "coco33"
+    read = read_coco(root / f"annotations/{kind}_val2017.json", root / "val2017")
+    annotations = part_of(read, torch.arange(4))
+    skeleton = skeleton_of(annotations) if target == "keypoints" else None
+    pictures = {}
+    for name, options in (("boxes", {}), (target, {"target": target, "skeleton": skeleton})):
+        data = CocoDataset(annotations, "val", training=False, **options)
+        report = check_dataset({"val": data}, tmp_path / name, workers=2)
+        assert report.ok
+        pictures[name] = np.array(Image.open(report.pictures["val"]))
+    assert pictures["boxes"].shape != pictures[target].shape or (pictures["boxes"] != pictures[target]).any()
+    # the pixels of all classes, of what is ignored and of the background are all pixels
+    pixels = sum(h * w for h, w in annotations.sizes.tolist())
+    rows = [line.split("│")[1:-1] for line in report.text.splitlines() if line.startswith("│")]
+    counted = sum(int(row[3]) for row in rows if len(row) == 5 and "%" in row[4])
+    assert counted == (pixels if target == "semantic" else 0)
+
+
+def test_a_class_map_that_cannot_be_used_stops_a_run(tmp_path: Path) -> None:
+    path, images = write(tmp_path, coco([annotation(1)], images=[image(1), image(2)]))
+    (tmp_path / "maps").mkdir()
+    Image.new("L", (WIDTH, HEIGHT), 1).save(tmp_path / "maps/1.png")
+    Image.new("L", (WIDTH, HEIGHT), 7).save(tmp_path / "maps/2.png")
+    data = CocoDataset(
+        read_coco(path, images), "val", training=False, target="semantic", class_maps=tmp_path / "maps"
+    )
+    report = check_dataset({"val": data}, tmp_path, workers=1)
+    assert not report.ok
+    assert report.faults["val"][0].ids == (2,)
+    assert "maps/2.png" in report.text
 
 
 def test_the_real_datasets_pass(real_data: Path, tmp_path: Path) -> None:

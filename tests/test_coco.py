@@ -500,8 +500,8 @@ def test_a_jpeg_far_larger_than_needed_is_decoded_smaller_with_its_boxes(tmp_pat
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"data.target='masks'.*boxes"):
-        CocoDataset(read(tmp_path, coco()), "train", training=True, target="masks")
+    with pytest.raises(UsageError, match=r"data.target='label'.*boxes, masks, keypoints, semantic"):
+        CocoDataset(read(tmp_path, coco()), "train", training=True, target="label")
 
 
 def test_images_above_the_limit_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:

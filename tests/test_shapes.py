@@ -21,7 +21,9 @@ from pycocotools.coco import COCO
 
 from resnext_backbones.errors import UsageError
 from tasks.data import shapes
-from tasks.data.shapes import CLASSES, polygons, scene, write_shapes
+from tasks.data.outlines import polygons
+from tasks.data.shapes import write_shapes
+from tasks.data.shapes_draw import CLASSES, scene
 
 COUNTS = {"train": 120, "val": 40, "test": 60}
 
@@ -184,6 +186,58 @@ def test_the_ground_is_textured_and_shapes_stand_out(root, coco):
     assert np.mean(np.array(contrast) > 40) > 0.9
 
 
+# --- for the other tasks --------------------------------------------------------------------------------
+
+
+def test_class_maps_are_what_painting_the_instances_gives(root, coco):
+    names = (root / "classes.txt").read_text().splitlines()
+    assert names == ["background", *CLASSES]
+    for image_id, record in coco.imgs.items():
+        painted = np.zeros((128, 128), dtype=np.uint8)
+        for annotation in objects(coco, image_id):
+            inside = coco.annToMask(annotation).astype(bool)
+            painted[inside] = 255 if annotation["iscrowd"] else annotation["category_id"]
+        path = (root / "semantic" / "train" / record["file_name"]).with_suffix(".png")
+        with Image.open(path) as stored:
+            assert stored.mode == "P"
+            np.testing.assert_array_equal(np.asarray(stored), painted)
+            assert len(set(stored.convert("RGB").get_flattened_data())) == len(np.unique(painted))
+
+
+def test_class_folders_hold_cuttings_of_the_images(root, coco):
+    """Each is found again in its image, where the annotation of its class has the middle."""
+    cuttings = sorted((root / "classes" / "train").glob("*/*.png"))
+    assert {path.parent.name for path in cuttings} == set(CLASSES)
+    number = dict.fromkeys(CLASSES, 0)
+    for image_id in coco.imgs:
+        drawn = scene(3, "train", image_id - 1)
+        annotated = [a for a in objects(coco, image_id) if not a["iscrowd"] and max(a["bbox"][2:]) >= 16]
+        for annotation in annotated[:-3:-1]:
+            name = CLASSES[annotation["category_id"] - 1]
+            number[name] += 1
+            with Image.open(root / "classes" / "train" / name / f"{number[name]:06d}.png") as cutting:
+                assert cutting.size == (64, 64)
+                mean = np.asarray(cutting.convert("RGB"), dtype=float).mean(axis=(0, 1))
+            x, y, width, height = annotation["bbox"]
+            side = max(width, height)
+            # the cutting is 1.2 to 1.7 times as wide as the shape, moved into the image near an edge
+            around = [
+                drawn.image[top : top + s, left : left + s].mean(axis=(0, 1))
+                for s in (min(128, round(side * f)) for f in np.arange(1.2, 1.71, 0.02))
+                for left in (int(np.clip(x + (width - s) // 2, 0, 128 - s)),)
+                for top in (int(np.clip(y + (height - s) // 2, 0, 128 - s)),)
+            ]
+            assert min(np.abs(np.array(around) - mean).max(axis=1)) < 3
+    assert sum(number.values()) == len(cuttings)
+
+
+def test_a_newcomer_gets_at_least_40_images_of_each_class():
+    """Two shapes of each image, of which some are too small: counted on a tenth of the default's images."""
+    cut_out = [label for index in range(100) for label, _ in shapes.cuttings(scene(0, "train", index))]
+    assert len(cut_out) > 150
+    assert np.bincount(cut_out, minlength=7)[1:].min() >= 4
+
+
 # --- the polygons ---------------------------------------------------------------------------------------
 
 
@@ -224,7 +278,9 @@ def test_two_writes_are_equal_and_seeds_differ(tmp_path):
 
 def test_an_image_does_not_depend_on_how_many_there_are(root, tmp_path):
     few = write_shapes(tmp_path / "few", seed=3, train=7, val=0, test=2)
-    for name in ("train/000007.jpg", "test/000002.jpg"):
+    cuttings = [str(path.relative_to(few)) for path in few.glob("classes/*/*/*.png")]
+    assert len(cuttings) > 10
+    for name in ("train/000007.jpg", "test/000002.jpg", "semantic/train/000007.png", *cuttings):
         assert (few / name).read_bytes() == (root / name).read_bytes()
 
 
@@ -242,6 +298,17 @@ def test_a_finished_dataset_is_left_alone(root):
 def test_another_dataset_of_shapes_is_not_overwritten(root):
     with pytest.raises(UsageError, match=r"shapes: .*seed 3 instead of 4; delete the folder or give another"):
         write_shapes(root, seed=4, **COUNTS)
+
+
+def test_a_dataset_of_an_older_version_is_told_apart(tmp_path):
+    root, counts = tmp_path / "shapes", {"train": 1, "val": 1, "test": 1}
+    write_shapes(root, **counts)
+    path = root / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    before = files(root)
+    with pytest.raises(UsageError, match=r"a shapes dataset of version 1 instead of 2; delete the folder"):
+        write_shapes(root, **counts)
+    assert files(root) == before
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "dataset.json"])

@@ -4,6 +4,7 @@ A column is one tensor for the whole file, grouped by image: the workers of a Da
 however they are started, since no Python object is touched.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,19 +14,22 @@ import torch
 from torch import Tensor
 
 from resnext_backbones.errors import UsageError
-from tasks.data.faults import Fault, clip, fault, overlapping_edge, unusable
+from tasks.data.faults import Fault, clip, counted, fault, overlapping_edge, unusable
+from tasks.data.segmentations import segmentation_fault
 
 DROPS_ALWAYS_ALLOWED = 5  # annotations; so that one bad box does not end a run on a tiny dataset
 
 
 @dataclass(frozen=True)
 class Category:
-    """One class: `id` as in the file; `keypoints` and `skeleton` (pairs, from 1) where it has any."""
+    """One class: `id` as in the file, and what it says of keypoints (pairs from 1; see `Skeleton`)."""
 
     id: int
     name: str
     keypoints: tuple[str, ...] = ()
     skeleton: tuple[tuple[int, int], ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class CocoAnnotations:
     annotations of image i are rows `first[i]` to `first[i + 1]` of the columns below.
     ids: int64 [N], of annotations. all_labels: int64 [N], 1…K. xywh: float64 [N, 4], boxes as in the file.
     areas: float64 [N], of the file, or the box's where the file has none. crowd: bool [N].
-    segmentations: JSON of each, empty where there is none. crowds: number of crowds in the file.
+    segmentations: JSON of each, empty where there is none. keypoints: the same of keypoints.
+    crowds: number of crowds in the file.
     notes: faults of the file itself. box_faults: those of boxes. cleaned: whether `clean` made it.
     """
 
@@ -79,6 +84,7 @@ class CocoAnnotations:
     areas: Tensor
     crowd: Tensor
     segmentations: Packed
+    keypoints: Packed
     crowds: int
     notes: tuple[Fault, ...] = ()
     box_faults: tuple[Fault, ...] = ()
@@ -146,8 +152,24 @@ class CocoAnnotations:
         """The image of each annotation, int64 [N], 0…I - 1."""
         return torch.repeat_interleave(torch.arange(len(self)), self.counts())
 
-    def clean(self, *, min_image_side: int = 1, max_drop_fraction: float = 0.01) -> "CocoAnnotations":
-        """What training learns from: no crowds, no boxes that cannot be learned from.
+    def objects(self) -> Tensor:
+        """Objects in each image, crowds left out, int64 [I]."""
+        return torch.bincount(self.image_of()[~self.crowd], minlength=len(self))
+
+    def overview(self) -> str:
+        """What is known without opening an image, on one line."""
+        objects = self.objects()
+        seen = len(self.all_labels[~self.crowd].unique())
+        return (
+            f"{counted(len(self), 'image')} ({int((objects == 0).sum())} without objects), "
+            f"{counted(int(objects.sum()), 'object')} of {seen} of {len(self.categories)} classes, "
+            f"{counted(self.crowds, 'crowd')}" + (" left out" if self.cleaned and self.crowds else "")
+        )
+
+    def clean(
+        self, *, min_image_side: int = 1, max_drop_fraction: float = 0.01, masks: bool = False
+    ) -> "CocoAnnotations":
+        """What training learns from: no crowds, no boxes (and, where asked, masks) that teach nothing.
 
         Boxes are clipped to their image; those without a side of at least one pixel there are dropped.
         Images with nothing but crowds are dropped, since they would teach that crowds are background, and
@@ -172,6 +194,10 @@ class CocoAnnotations:
         for reason, mask in unusable(self.xywh, sizes).items():
             faults += fault(reason, "dropped", "annotation", self.ids[mask & used])
             keep &= ~mask
+        if masks:
+            for reason, rows in self._undrawable(keep).items():
+                faults += fault(reason, "dropped", "annotation", self.ids[rows])
+                keep[rows] = False
         over = overlapping_edge(self.xywh, sizes) & keep
         faults += fault("box reaching over the edge of its image", "clipped", "annotation", self.ids[over])
         faults += fault("image with nothing but crowds", "dropped", "image", self.image_ids[only_crowds])
@@ -190,6 +216,19 @@ class CocoAnnotations:
         kept = replace(self, xywh=clip(self.xywh, sizes), box_faults=tuple(faults), cleaned=True)
         return kept._select(images, keep)
 
+    def _undrawable(self, asked: Tensor) -> dict[str, list[int]]:
+        """Of the annotations asked for (bool [N]) the rows of those without a mask, by reason."""
+        reasons: dict[str, list[int]] = defaultdict(list)
+        image_of = self.image_of()
+        for row in asked.nonzero().squeeze(1).tolist():
+            segmentation = self.segmentations[row]
+            reason = segmentation_fault(segmentation, *self.image_size(int(image_of[row])))
+            if segmentation in (b"", b"null"):
+                reason = "annotation without a segmentation"
+            if reason:
+                reasons[reason].append(row)
+        return reasons
+
     def _refuse_many_drops(self, faults: Sequence[Fault], fraction: float) -> None:
         lost = [f for f in (*self.notes, *faults) if f.action == "dropped" and f.of == "annotation"]
         dropped = sum(f.count for f in lost)
@@ -200,6 +239,12 @@ class CocoAnnotations:
                 f"more than data.max_drop_fraction={fraction}: {'; '.join(map(str, lost))}; mend them or "
                 "raise data.max_drop_fraction"
             )
+
+    def subset(self, indices: Tensor) -> "CocoAnnotations":
+        """The images of `indices` (int64), in the order of the file, with all their annotations."""
+        images = torch.zeros(len(self), dtype=torch.bool)
+        images[indices] = True
+        return self._select(images, torch.ones(len(self.ids), dtype=torch.bool))
 
     def _select(self, images: Tensor, annotations: Tensor) -> "CocoAnnotations":
         """The images and annotations (bool [I] and [N]) that are set, without annotations of other images."""
@@ -219,6 +264,7 @@ class CocoAnnotations:
             areas=self.areas[rows],
             crowd=self.crowd[rows],
             segmentations=self.segmentations.select(rows),
+            keypoints=self.keypoints.select(rows),
         )
 
 

@@ -19,6 +19,9 @@ from tasks.data.coco_file import CategoryRecord, read_file
 from tasks.data.faults import NAMED, Fault, fault, listed, overlapping_edge, unusable
 from tasks.data.image_files import check_image_files
 from tasks.data.images import MAX_PIXELS, decode
+from tasks.data.keypoints import Skeleton, poses
+from tasks.data.semantic import class_map, read_class_map
+from tasks.data.transforms import nearest
 
 __all__ = ["Category", "CocoAnnotations", "CocoDataset", "read_coco"]
 
@@ -94,14 +97,28 @@ def read_coco(
         areas=torch.where(given.isnan(), xywh[:, 2] * xywh[:, 3], given)[rows],
         crowd=torch.from_numpy(columns.crowd)[rows],
         segmentations=Packed.of([r.segmentation for r in records]).select(rows),
+        keypoints=Packed.of([r.keypoints for r in records]).select(rows),
         crowds=int(columns.crowd.sum()),
         notes=tuple(notes),
     )
     return replace(read, box_faults=tuple(_kept(read)))
 
 
+def part_of(annotations: CocoAnnotations, indices: Tensor) -> CocoAnnotations:
+    """The images of `indices` (int64) as if the file held no others."""
+    part = annotations.subset(indices)
+    return replace(part, crowds=int(part.crowd.sum()), box_faults=tuple(_kept(part)))
+
+
 def _category(category_id: int, record: CategoryRecord) -> Category:
-    return Category(category_id, record.name, tuple(record.keypoints), tuple(record.skeleton))
+    return Category(
+        category_id,
+        record.name,
+        tuple(record.keypoints),
+        tuple(record.skeleton),
+        None if record.flip_pairs is None else tuple(record.flip_pairs),
+        None if record.sigmas is None else tuple(record.sigmas),
+    )
 
 
 def _quoted(names: Iterable[str], between: str) -> str:
@@ -120,18 +137,31 @@ def _kept(annotations: CocoAnnotations) -> list[Fault]:
 class CocoDataset(Dataset):
     """The images of a split with their objects, decoded but not resized.
 
-    Sample: an image, uint8 [3, H, W], RGB, and a dict:
+    Sample: an image, uint8 [3, H, W], RGB, and a dict with `image_id` (int), `original_size` (height and
+    width, ints, that the annotation file gives), and for all targets but `semantic`
         boxes: `tv_tensors.BoundingBoxes`, float32 [N, 4], xyxy in pixels of this image.
-        labels: int64 [N], 1…K. annotation_ids: int64 [N]. image_id: int.
-        original_size: height and width (ints) the annotation file gives.
+        labels: int64 [N], 1…K. annotation_ids: int64 [N].
         iscrowd: bool [N], in evaluation only.
+    for `masks` also
+        segmentations: N times the JSON of the file (bytes), in pixels of `original_size`. They are drawn
+            where the image has its final size, since drawn masks of a large image fill the memory.
+    for `keypoints` also
+        keypoints: `tv_tensors.KeyPoints`, float32 [N, P, 2], x and y in pixels of this image.
+        visibility: int64 [N, P], 0 not labelled, 1 hidden, 2 in sight.
+        keypoint_flip: int64 [P], the skeleton's `mirror`.
+    for `semantic`
+        semantic: `tv_tensors.Mask`, uint8 [H, W], see `class_map`.
+        original_semantic: the same of `original_size`, in evaluation only.
 
     Args:
-        annotations: from `read_coco`; for training, what `clean` makes of it is used.
+        annotations: from `read_coco`; for training, what `clean` makes of it is used, but for `semantic`:
+            crowds are painted too, as ignored.
         split: its name, for errors.
         training: objects that can be learned from, boxes within the image. Otherwise all annotations as they
             stand in the file, crowds too: for pictures, since the metric reads the file itself.
-        target: what a task asks for; only `boxes` so far.
+        target: what a task asks for: `boxes`, `masks`, `keypoints` or `semantic`.
+        skeleton: of the keypoints, for `keypoints`.
+        class_maps: folder of PNG files for `semantic`, named like the images; None paints the instances.
         max_pixels: larger images are refused.
         bit_depth: for 16-bit images, the number of bits that are in use.
 
@@ -140,7 +170,7 @@ class CocoDataset(Dataset):
             or has another size than the file says, named with its split and id.
     """
 
-    TARGETS = ("boxes",)
+    TARGETS = ("boxes", "masks", "keypoints", "semantic")
 
     def __init__(
         self,
@@ -149,13 +179,18 @@ class CocoDataset(Dataset):
         *,
         training: bool,
         target: str = "boxes",
+        skeleton: Skeleton | None = None,
+        class_maps: Path | None = None,
         max_pixels: int = MAX_PIXELS,
         bit_depth: int | None = None,
     ) -> None:
         if target not in self.TARGETS:
             raise UsageError(f"data.target={target!r}: COCO data is read for {', '.join(self.TARGETS)}")
-        self.annotations = annotations.clean() if training else annotations
-        self.split, self.training = split, training
+        cleaned = training and target != "semantic"
+        self.annotations = annotations.clean(masks=target == "masks") if cleaned else annotations
+        self.split, self.training, self.target = split, training, target
+        self.skeleton, self.class_maps = skeleton, class_maps
+        self.poses = poses(self.annotations, len(skeleton.names)) if skeleton else None
         self.max_pixels, self.bit_depth = max_pixels, bit_depth
         huge = (self.annotations.sizes.prod(dim=1) > max_pixels).nonzero().squeeze(1).tolist()
         if huge:
@@ -170,6 +205,10 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self.load(index)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width as the annotation file says."""
+        return self.annotations.image_size(index)
 
     def load(self, index: int, at_least: tuple[int, int] | None = None) -> Sample:
         """The sample.
@@ -189,20 +228,50 @@ class CocoDataset(Dataset):
             )
         except UsageError as error:
             raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
-        size = tuple(image.shape[-2:])
-        boxes = annotations.boxes(index)
-        if size != (height, width):
-            boxes *= torch.tensor([size[1] / width, size[0] / height] * 2)
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        size = (image.shape[-2], image.shape[-1])
+        known = {"image_id": int(annotations.image_ids[index]), "original_size": (height, width)}
+        if self.target == "semantic":
+            return tv_tensors.Image(image), known | self._semantic(index, size)
+        return tv_tensors.Image(image), known | self._objects(index, size)
+
+    def _objects(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        annotations = self.annotations
+        height, width = annotations.image_size(index)
+        scale = torch.tensor([size[1] / width, size[0] / height])  # of x and y
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(
+                annotations.boxes(index) * scale.repeat(2), format="XYXY", canvas_size=size
+            ),
             "labels": annotations.labels(index).clone(),
             "annotation_ids": annotations.annotation_ids(index).clone(),
-            "image_id": int(annotations.image_ids[index]),
-            "original_size": (height, width),
         }
         if not self.training:
             target["iscrowd"] = annotations.iscrowd(index).clone()
-        return tv_tensors.Image(image), target
+        rows = annotations.rows(index)
+        if self.target == "masks":
+            target["segmentations"] = [annotations.segmentations[row] for row in range(rows.start, rows.stop)]
+        if self.skeleton is not None and self.poses is not None:
+            x_y, visibility = self.poses[rows].split([2, 1], dim=2)
+            target["keypoints"] = tv_tensors.KeyPoints(x_y * scale, canvas_size=size)
+            target["visibility"] = visibility.squeeze(2).long()
+            target["keypoint_flip"] = torch.tensor(self.skeleton.mirror)
+        return target
+
+    def _semantic(self, index: int, size: tuple[int, int]) -> dict[str, Any]:
+        annotations = self.annotations
+        original = annotations.image_size(index)
+        try:
+            if self.class_maps is None:
+                drawn = class_map(annotations, index)
+            else:
+                file = self.class_maps / Path(annotations.file_name(index)).with_suffix(".png")
+                drawn = read_class_map(file, annotations, original)
+        except UsageError as error:
+            raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
+        target: dict[str, Any] = {"semantic": nearest(drawn, size)}
+        if not self.training:
+            target["original_semantic"] = drawn
+        return target
 
     def name(self, index: int) -> str:
         """What to call an image in an error: its id and its file."""

@@ -38,6 +38,7 @@ class AnnotationRecord(Struct, gc=False):
     area: float | None = None
     iscrowd: int | float | bool = 0
     segmentation: Raw = Raw()
+    keypoints: Raw = Raw()
 
 
 class CategoryRecord(Struct, gc=False):
@@ -45,6 +46,8 @@ class CategoryRecord(Struct, gc=False):
     name: str
     keypoints: list[str] = []
     skeleton: list[tuple[int, int]] = []
+    flip_pairs: list[tuple[int, int]] | None = None
+    sigmas: list[float] | None = None
 
 
 class CocoFile(Struct, gc=False):

@@ -17,6 +17,7 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 
 MAX_PIXELS = 100_000_000
+IGNORED = 255  # in class maps: pixels that are neither learned from nor judged, as everywhere
 
 # Only these are tried: some of Pillow's other readers start programs (EPS) or are hardly ever tested.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")
@@ -65,16 +66,35 @@ def decode(
             or has more than 8 bits and no `bit_depth`.
     """
     path = Path(path)
+    with opened(path, max_pixels) as image:
+        deep = _is_deep_colour(image)  # first of all: no longer to be seen once EXIF made Pillow decode
+        orientation = _orientation(path, image, size_hw)
+        if at_least is not None:
+            height, width = at_least[::-1] if orientation in _TRANSPOSED else at_least
+            image.draft(None, (2 * width, 2 * height))
+        rgb = _to_rgb(path, image, deep, bit_depth)
+        if orientation in _TURNS:
+            rgb = rgb.transpose(_TURNS[orientation])
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """Height and width of an image as it is to be looked at, turned as its EXIF orientation says.
+
+    Raises:
+        UsageError: the file is missing, no image, or has more than `max_pixels`.
+    """
+    with opened(path, max_pixels) as image:
+        turned = _orientation(path, image, None) in _TRANSPOSED
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """A Pillow image whose pixels are still in the file; whatever is wrong with it becomes a `UsageError`."""
     try:
         with _open(path, max_pixels) as image:
-            deep = _is_deep_colour(image)  # first of all: no longer to be seen once EXIF made Pillow decode
-            orientation = _orientation(path, image, size_hw)
-            if at_least is not None:
-                height, width = at_least[::-1] if orientation in _TRANSPOSED else at_least
-                image.draft(None, (2 * width, 2 * height))
-            rgb = _to_rgb(path, image, deep, bit_depth)
-            if orientation in _TURNS:
-                rgb = rgb.transpose(_TURNS[orientation])
+            yield image
     except UsageError:
         raise
     except FileNotFoundError:
@@ -84,7 +104,6 @@ def decode(
     # a damaged file makes Pillow raise almost anything: OSError, SyntaxError, struct.error, EOFError, …
     except Exception as error:
         raise UsageError(f"{path}: the image cannot be decoded ({error}); replace the file") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 @contextmanager
