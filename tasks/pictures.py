@@ -1,47 +1,45 @@
-"""Pictures of images with their boxes, drawn with Pillow alone.
+"""Pictures of images with what is known or was found in them, drawn with Pillow alone.
 
-`draw` one image, put ground truth and predictions `side_by_side`, many on a `contact_sheet`, and `save_png`.
+`draw` boxes, masks and keypoints, `draw_classes` of pixels, or a `captioned` image; put ground truth and
+predictions `side_by_side`, many on a `contact_sheet`, and `save_png` or `save_jpeg`.
 """
 
-import colorsys
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-LONGEST_SIDE = 480  # pixels; a smaller image is enlarged until its text can be read
-TEXT_SIZE = 14
-GAP = 6
-PAPER, INK = (255, 255, 255), (30, 30, 30)
-
-Colour = tuple[int, int, int]
-Box = tuple[float, float, float, float]
-
-# Okabe and Ito's colours for colour-blind readers (https://jfly.uni-koeln.de/color), without black
-_OKABE_ITO: tuple[Colour, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-    (204, 121, 167),
+from tasks.drawing import (
+    GAP,
+    INK,
+    LONGEST_SIDE,
+    PAPER,
+    RIGHT,
+    TEXT_SIZE,
+    WRONG,
+    Colour,
+    Pen,
+    class_colour,
+    enlarged,
+    fitting,
+    font,
+    tint,
+    unit_of,
+    with_legend,
 )
+from tasks.drawn_objects import Mask, decoded
+from tasks.drawn_objects import objects as to_draw
 
-
-def class_colour(label: int) -> Colour:
-    """The RGB colour of class `label` (1…K): always the same one, and another one for another class."""
-    index = (int(label) - 1) % (1 << 16)
-    if index < len(_OKABE_ITO):
-        return _OKABE_ITO[index]
-    # steps by the golden ratio never come round to the same hue; lightness helps where hue does not
-    hue, lightness = index * 0.618034 % 1, (0.38, 0.55, 0.72)[index % 3]
-    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
+CROWDED = 0.3  # share of a picture that plates with names may cover; beyond it a legend names the classes
+IGNORED, BACKGROUND = 255, "background"  # of class maps; what reads them draws pictures itself
+HATCH = (128, 128, 128)
 
 
 def draw(
@@ -51,49 +49,132 @@ def draw(
     names: Sequence[str],
     scores: Tensor | None = None,
     crowd: Tensor | None = None,
+    *,
+    masks: Tensor | Sequence[Mask] | None = None,
+    keypoints: Tensor | None = None,
+    edges: Sequence[Sequence[int]] = (),
 ) -> Image.Image:
-    """Draw boxes with their class names onto an image.
+    """Draw objects with their class names onto an image.
 
-    image: uint8 [3, H, W], RGB. boxes: [N, 4], xyxy in pixels of `image`. labels: int [N], 1…K. names: K
-    class names; a label without a name shows its number. scores: [N] in 0…1, shown with two digits.
-    crowd: bool [N]; crowds are dashed and called so. An image whose longer side is below `LONGEST_SIDE` is
-    enlarged by a whole factor. Boxes that cannot be drawn (not finite, or outside the image) are counted in
-    a note at the bottom.
+    An image whose longer side is below `LONGEST_SIDE` is enlarged by a whole factor; strokes and text grow
+    with larger ones. Boxes that cannot be drawn (not finite, or outside the image) are counted in a note at
+    the bottom. Where names would cover too much of the picture, a legend under it counts the classes instead.
+
+    Args:
+        image: uint8 [3, H, W], RGB.
+        boxes: [N, 4], xyxy in pixels of `image`.
+        labels: int [N], 1…K.
+        names: K class names; a label without a name shows its number.
+        scores: [N] in 0…1, shown with two digits.
+        crowd: bool [N]; crowds are dashed and called so.
+        masks: of the image's size, uint8 or bool [N, H, W], or N run-length codes of pycocotools. The tints
+            of a class's objects differ in lightness; the contour has the class's colour.
+        keypoints: [N, P, 3], x and y in pixels of `image` and visibility; where that is 0 nothing is drawn.
+        edges: pairs of keypoints, from 0, that are joined by lines.
+
+    Raises:
+        ValueError: numbers of objects differ, or a mask has another size than the image.
     """
-    height, width = image.shape[-2:]
-    factor = max(1, math.ceil(LONGEST_SIDE / max(height, width)))
-    picture = Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
-    if factor > 1:
-        picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    picture, factor = enlarged(image)
+    objects = to_draw(image, factor, boxes, labels, names, scores, crowd, masks, keypoints)
+    drawn = [o for o in objects if o is not None]
+    drawn.sort(key=lambda o: (o.box[2] - o.box[0]) * (o.box[3] - o.box[1]), reverse=True)  # small ones on top
 
-    shown: list[tuple[Box, int, str, bool]] = []
-    omitted = 0
-    crowds = [False] * len(boxes) if crowd is None else crowd.bool().tolist()
-    confidences = [None] * len(boxes) if scores is None else scores.float().tolist()
-    for corners, label, score, is_crowd in zip(
-        boxes.float().tolist(), labels.tolist(), confidences, crowds, strict=True
-    ):
-        box = _within(corners, width, height)
-        if box is None:
-            omitted += 1
-            continue
-        text = "crowd" if is_crowd else names[label - 1] if 0 < label <= len(names) else f"class {label}"
-        if score is not None:
-            text += f" {score:.2f}"
-        scaled = (box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor)
-        shown.append((scaled, label, text, is_crowd))
-
-    shown.sort(key=lambda s: (s[0][2] - s[0][0]) * (s[0][3] - s[0][1]), reverse=True)  # small ones on top
-    pen = ImageDraw.Draw(picture)
-    for box, label, _, is_crowd in shown:
-        _frame(pen, box, class_colour(label), dashed=is_crowd)
-    taken: list[Box] = []
-    for box, label, text, _ in shown:
-        _tag(pen, box, text, class_colour(label), taken)
-    if omitted:
+    if masks is not None:
+        pixels = np.array(picture)
+        for o in drawn:
+            if o.mask is not None:
+                inside = decoded(o.mask, image).repeat(factor, axis=0).repeat(factor, axis=1)
+                width = round(1.5 * unit_of(*picture.size))
+                tint(pixels, inside, o.colour, class_colour(o.label), width)
+        picture = Image.fromarray(pixels)
+    pen = Pen(picture)
+    for o in drawn:
+        pen.frame(o.box, class_colour(o.label), dashed=o.crowd)
+    for o in drawn:
+        pen.skeleton(o.points, edges, o.colour)
+    covered = sum(math.prod(pen.plate_size(o.text)) for o in drawn)
+    crowded = len(drawn) > 8 and covered > CROWDED * picture.width * picture.height
+    for o in drawn:
+        if not crowded:
+            pen.tag(o.box, o.text, class_colour(o.label))
+    if omitted := len(objects) - len(drawn):
         note = f"{omitted} {'box' if omitted == 1 else 'boxes'} not drawable"
-        _tag(pen, (0, picture.height, 0, picture.height), note, PAPER, taken)
-    return picture
+        pen.tag((0, picture.height, 0, picture.height), note, PAPER)
+    if not crowded:
+        return picture
+    counts = Counter((o.label, o.name) for o in drawn)
+    legend = [(class_colour(label), f"{name} ({number})") for (label, name), number in counts.most_common()]
+    return with_legend(picture, legend)
+
+
+def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw the class of every pixel onto an image, half through, over a legend with each class's share.
+
+    The background keeps the image's colours; pixels that are ignored are hatched. Contours part the classes.
+
+    Args:
+        image: uint8 [3, H, W], RGB; enlarged as by `draw`.
+        classes: uint8 [h, w], 0…K - 1, 255 ignored. One of another size is brought to the image's.
+        names: K class names; a class without a name shows its number.
+    """
+    picture, _ = enlarged(image)
+    drawn = classes.detach().cpu().numpy()
+    places = np.array(Image.fromarray(drawn).resize(picture.size, Image.Resampling.NEAREST))
+    pixels = np.array(picture)
+    width = max(1, round(unit_of(*picture.size)))
+    present, counts = np.unique(drawn, return_counts=True)
+    legend: list[tuple[Colour, str]] = []
+    for share, index in sorted(zip(counts.tolist(), present.tolist(), strict=True), reverse=True):
+        name = names[index] if index < len(names) else f"class {index}"
+        if index == IGNORED:
+            colour, name = HATCH, "ignored"
+            y, x = np.ogrid[: picture.height, : picture.width]
+            pixels[(places == IGNORED) & ((x + y) // (4 * width) % 2 == 0)] = HATCH
+        elif name == BACKGROUND:
+            colour = PAPER
+        else:
+            colour = class_colour(index + 1)
+            tint(pixels, places == index, colour, colour, width)
+        percent = f"{share / drawn.size:.1%}" if share >= drawn.size / 1000 else "<0.1%"
+        legend.append((colour, f"{name} {percent}"))
+    return with_legend(Image.fromarray(pixels), legend)
+
+
+def captioned(image: Tensor, text: str, right: bool | None) -> Image.Image:
+    """An image over a line of text.
+
+    image: uint8 [3, H, W], RGB; enlarged as by `draw`. text: on one line, cut where it is too long. right:
+    adds an edge, with a tick in green for True or a cross in orange for False; None for neither.
+    """
+    picture, _ = enlarged(image)
+    unit = unit_of(*picture.size)
+    edge, face = round(4 * unit), font(unit)
+    line = round((TEXT_SIZE + 2 * GAP) * unit)
+    gap = round(GAP * unit)
+    colour = PAPER if right is None else RIGHT if right else WRONG
+    width = max(picture.width, 8 * line)  # of a narrow image the text would be cut to nothing
+    sheet = Image.new("RGB", (width + 2 * edge, picture.height + line + 2 * edge), colour)
+    sheet.paste(PAPER, (edge, edge, edge + width, edge + picture.height + line))
+    sheet.paste(picture, (edge + (width - picture.width) // 2, edge))
+    pen = ImageDraw.Draw(sheet)
+    x, y = edge + gap, edge + picture.height
+    if right is not None:
+        size = round(TEXT_SIZE * unit)
+        _mark(pen, (x, y + (line - size) // 2), size, right, colour)
+        x += size + gap
+    text = fitting(text, edge + width - gap - x, face)
+    pen.text((x, y + line / 2), text, INK, face, anchor="lm")
+    return sheet
+
+
+def _mark(pen: ImageDraw.ImageDraw, corner: tuple[int, int], size: int, right: bool, colour: Colour) -> None:
+    """A tick or a cross, as lines: Pillow's own font has neither."""
+    tick = [[(0.1, 0.55), (0.4, 0.85), (0.9, 0.15)]]
+    cross = [[(0.1, 0.1), (0.9, 0.9)], [(0.1, 0.9), (0.9, 0.1)]]
+    for stroke in tick if right else cross:
+        points = [(corner[0] + x * size, corner[1] + y * size) for x, y in stroke]
+        pen.line(points, fill=colour, width=max(2, size // 5), joint="curve")
 
 
 def side_by_side(
@@ -105,7 +186,8 @@ def side_by_side(
     pen = ImageDraw.Draw(sheet)
     x = 0
     for picture, title in zip((left, right), titles, strict=True):
-        pen.text((x + GAP, bar / 2), _fitting(title, picture.width - 2 * GAP), INK, _font(), anchor="lm")
+        text = fitting(title, picture.width - 2 * GAP, font())
+        pen.text((x + GAP, bar / 2), text, INK, font(), anchor="lm")
         sheet.paste(picture, (x, bar))
         x += picture.width + GAP
     return sheet
@@ -128,80 +210,22 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 4) -> Image.Im
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write `path` whole or not at all; its folder is made if need be."""
+    _save(image, path, format="PNG")
+
+
+def save_jpeg(image: Image.Image, path: Path) -> None:
+    """As `save_png`, for photographs: a tenth of the size."""
+    _save(image, path, format="JPEG", quality=90)
+
+
+def _save(image: Image.Image, path: Path, **settings: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".part", dir=path.parent)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name[:100]}-", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
+            image.save(file, **settings)
         Path(part).chmod(0o644)  # mkstemp makes it private
         os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
-
-
-def _font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _within(corners: Sequence[float], width: int, height: int) -> Box | None:
-    """The box clipped to the image, its corners in order; None where nothing of it can be shown."""
-    if not all(math.isfinite(v) for v in corners):
-        return None
-    x0, x1 = sorted((corners[0], corners[2]))
-    y0, y1 = sorted((corners[1], corners[3]))
-    if x1 < 0 or y1 < 0 or x0 > width or y0 > height:
-        return None
-    return max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-
-
-def _frame(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, dashed: bool) -> None:
-    """A rectangle of two pixels' width, with a dark edge around it so that it shows on any ground."""
-    right, bottom = pen.im.size[0] - 1, pen.im.size[1] - 1
-    x0, y0 = min(round(box[0]), right), min(round(box[1]), bottom)
-    x1, y1 = max(x0, min(round(box[2]), right)), max(y0, min(round(box[3]), bottom))
-    if not dashed:
-        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=INK)
-        pen.rectangle((x0, y0, x1, y1), outline=colour, width=2)
-        return
-    dash, space = 8, 6
-    for x in range(x0, x1 + 1, dash + space):
-        for y in (y0, y1):
-            pen.line((x, y, min(x + dash, x1), y), fill=colour, width=3)
-    for y in range(y0, y1 + 1, dash + space):
-        for x in (x0, x1):
-            pen.line((x, y, x, min(y + dash, y1)), fill=colour, width=3)
-
-
-def _tag(pen: ImageDraw.ImageDraw, box: Box, text: str, colour: Colour, taken: list[Box]) -> None:
-    """Text on a plate above `box`, below it or inside, within the picture and off the plates `taken`."""
-    picture_width, picture_height = pen.im.size
-    text = _fitting(text, picture_width - 6)
-    width, height = math.ceil(_font().getlength(text)) + 6, TEXT_SIZE + 4
-    x = max(0, min(round(box[0]), picture_width - width))
-    places = [
-        (x, max(0, min(y, picture_height - height)))
-        for y in (round(box[1]) - height, round(box[3]), round(box[1]), round(box[3]) - height)
-    ]
-    plates: list[Box] = [(x, y, x + width - 1, y + height - 1) for x, y in places]
-    # where no place is free the first one serves: a covered name is better than a name without its box
-    plate = next((p for p in plates if not any(_overlap(p, other) for other in taken)), plates[0])
-    taken.append(plate)
-    pen.rectangle(plate, fill=colour)
-    brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    ink = (0, 0, 0) if brightness > 125 else PAPER
-    pen.text((plate[0] + 3, plate[1] + height / 2), text, ink, _font(), anchor="lm")
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
-
-
-def _fitting(text: str, width: float) -> str:
-    """`text` on one line, cut with "…" where it is wider than `width` pixels."""
-    text = " ".join(text.split())
-    if _font().getlength(text) <= width:
-        return text
-    while text and _font().getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

@@ -1,14 +1,30 @@
 """Pictures, judged by their pixels."""
 
 import colorsys
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 
-from tasks.pictures import INK, PAPER, class_colour, contact_sheet, draw, save_png, side_by_side
+from tasks.pictures import (
+    HATCH,
+    INK,
+    PAPER,
+    RIGHT,
+    WRONG,
+    captioned,
+    class_colour,
+    contact_sheet,
+    draw,
+    draw_classes,
+    save_jpeg,
+    save_png,
+    side_by_side,
+)
 
 NAMES = ["cat", "dog", "a very long name of a class that nobody would ever want to read to its end " * 3]
 GREY = (90, 90, 90)
@@ -169,12 +185,155 @@ def test_eighty_classes_have_eighty_colours():
     corners = torch.rand(80, 4) * 480
     names = [f"class number {k}" for k in range(80)]
     picture = draw(grey(), corners, torch.arange(1, 81), names, torch.rand(80), torch.rand(80) > 0.5)
-    assert picture.size == (640, 480)
+    assert picture.width == 640
 
 
 def test_wrong_lengths_are_errors():
     with pytest.raises(ValueError, match="zip"):
         draw(grey(), boxes((0, 0, 9, 9)), torch.tensor([1, 2]), NAMES)
+
+
+def disc(height: int, width: int, x: int, y: int, radius: int) -> torch.Tensor:
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    return ((rows - y) ** 2 + (columns - x) ** 2 <= radius**2).to(torch.uint8)
+
+
+def test_a_mask_is_tinted_and_outlined_where_it_is():
+    mask = disc(480, 640, 300, 200, 50)
+    box = boxes((240, 140, 360, 260))
+    picture = array(draw(grey(), box, torch.tensor([2]), [""], masks=mask[None]))
+    colour = np.array(class_colour(2))
+    inside = (0.55 * np.array(GREY) + 0.45 * colour).astype(np.uint8)
+    np.testing.assert_array_equal(picture[200, 300], inside)
+    np.testing.assert_array_equal(picture[200, 250], colour)  # its leftmost pixel
+    np.testing.assert_array_equal(picture[200, 248], GREY)
+    changed = (picture[145:255, 245:355] != GREY).any(axis=2)
+    np.testing.assert_array_equal(changed, mask[145:255, 245:355].bool().numpy())
+
+
+def test_run_length_codes_and_booleans_are_masks_too():
+    masks = torch.stack([disc(120, 160, 50, 50, 30), disc(120, 160, 80, 60, 40)])
+    box, labels = boxes((20, 20, 81, 81), (40, 20, 121, 101)), torch.tensor([1, 1])
+    codes = [rle.encode(np.asfortranarray(mask.numpy())) for mask in masks]
+    drawn = draw(grey(120, 160), box, labels, NAMES, masks=masks)
+    for other in (masks.bool(), codes):
+        np.testing.assert_array_equal(
+            array(draw(grey(120, 160), box, labels, NAMES, masks=other)), array(drawn)
+        )
+
+
+def test_objects_of_one_class_have_different_tints():
+    masks = torch.stack([disc(480, 640, x, 200, 40) for x in (100, 250, 400)])
+    box = boxes(*((x - 50, 150, x + 50, 250) for x in (100, 250, 400)))
+    picture = array(draw(grey(), box, torch.tensor([3, 3, 3]), [""] * 3, masks=masks))
+    assert len({tuple(picture[200, x]) for x in (100, 250, 400)}) == 3
+    assert {tuple(picture[200, x - 40]) for x in (100, 250, 400)} == {class_colour(3)}
+
+
+def test_masks_grow_with_the_image_and_empty_ones_do_no_harm():
+    masks = torch.zeros(2, 48, 64, dtype=torch.uint8)
+    masks[0, 10:20, 30:40] = 1
+    box = boxes((30, 10, 40, 20), (0, 0, 64, 48))
+    picture = array(draw(grey(48, 64), box, torch.tensor([1, 1]), ["", ""], masks=masks))
+    factor = picture.shape[1] // 64
+    assert (picture[15 * factor, 35 * factor] != GREY).any()
+    assert tuple(picture[15 * factor, 45 * factor]) == GREY
+
+
+def test_a_mask_of_another_size_is_an_error():
+    for masks in (torch.ones(1, 20, 30), [rle.encode(np.ones((20, 30), dtype=np.uint8, order="F"))]):
+        with pytest.raises(ValueError, match="20×30 for an image of 480×640"):
+            draw(grey(), boxes((0, 0, 9, 9)), torch.tensor([1]), NAMES, masks=masks)
+
+
+def test_keypoints_are_joined_where_they_are_visible():
+    nan = float("nan")
+    points = torch.tensor([[[100, 100, 2], [200, 100, 1], [300, 300, 0], [nan, 9, 1], [1e30, 9, 1]]])
+    edges = [(0, 1), (1, 2), (1, 3), (1, 4)]
+    args = grey(), boxes((400, 400, 470, 470)), torch.tensor([1]), [""]
+    picture, bare = array(draw(*args, keypoints=points, edges=edges)), array(draw(*args))
+    assert tuple(picture[100, 150]) == class_colour(1)
+    assert tuple(picture[100, 100]) == tuple(picture[100, 200]) == PAPER
+    y, x = np.nonzero((picture != bare).any(axis=2))
+    assert (x.min(), x.max()) == pytest.approx((98, 203), abs=2)  # the dots, and the line between them
+    assert (y.min(), y.max()) == pytest.approx((98, 103), abs=2)
+    dots = array(draw(*args, keypoints=points))
+    assert tuple(dots[100, 150]) == GREY
+
+
+def test_strokes_grow_with_large_images():
+    small, large = (
+        draw(grey(side, side), boxes((side / 4,) * 2 + (side / 2,) * 2), torch.tensor([1]), ["cat"])
+        for side in (1000, 3000)
+    )
+    assert large.size == (3000, 3000)
+    assert count(large, class_colour(1)) == pytest.approx(9 * count(small, class_colour(1)), rel=0.1)
+
+
+def test_where_names_would_hide_the_image_a_legend_counts_the_classes():
+    box = torch.rand(90, 4, generator=torch.Generator().manual_seed(0)) * 400
+    labels = torch.tensor([1] * 60 + [2] * 30)
+    picture = draw(grey(), box, labels, ["cell", "nucleus"], torch.rand(90))
+    assert picture.height > 480
+    strip = array(picture)[480:]
+    for label in (1, 2):
+        assert (strip == class_colour(label)).all(axis=2).sum() > 50
+    few = draw(grey(), box[:5], labels[:5], ["cell", "nucleus"])
+    assert few.size == (640, 480)
+
+
+def test_classes_of_pixels():
+    classes = torch.zeros(480, 640, dtype=torch.uint8)
+    classes[100:200, 100:300] = 1
+    classes[300:400, 400:600] = 255
+    picture = array(draw_classes(grey(), classes, ["sky", "road"]))
+    for (y, x), label in (((50, 50), 1), ((150, 200), 2)):
+        tinted = (0.55 * np.array(GREY) + 0.45 * np.array(class_colour(label))).astype(np.uint8)
+        np.testing.assert_array_equal(picture[y, x], tinted)
+    hatched = picture[300:400, 400:600]
+    share = (hatched == HATCH).all(axis=2).mean()
+    assert 0.4 < share < 0.6
+    assert ((hatched == HATCH) | (hatched == GREY)).all(axis=2).all()
+    legend = picture[480:]
+    for colour in (class_colour(1), class_colour(2), HATCH):
+        assert (legend == colour).all(axis=2).sum() > 50
+
+
+def test_a_background_keeps_the_colours_of_the_image():
+    classes = torch.zeros(480, 640, dtype=torch.uint8)
+    classes[100:200, 100:300] = 1
+    picture = array(draw_classes(grey(), classes, ["background", "cat"]))
+    changed = (picture[:480] != GREY).any(axis=2)
+    np.testing.assert_array_equal(changed, classes.bool().numpy())
+
+
+def test_a_class_map_of_another_size_is_brought_to_the_image_by_its_nearest_pixels():
+    classes = torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8)
+    small = array(draw_classes(grey(), classes, ["background", "a", "b"]))
+    full = classes.repeat_interleave(240, 0).repeat_interleave(320, 1)
+    np.testing.assert_array_equal(small, array(draw_classes(grey(), full, ["background", "a", "b"])))
+
+
+def test_many_classes_and_such_without_a_name():
+    classes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    picture = draw_classes(grey(), classes, ["one"])
+    assert picture.width == 640
+    assert 480 < picture.height < 2 * 480
+
+
+@pytest.mark.parametrize(("right", "edge"), [(True, RIGHT), (False, WRONG), (None, PAPER)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (600, 20), (300, 700)])
+def test_captions(height, width, right, edge):
+    image = grey(height, width)
+    picture = captioned(image, NAMES[2], right)
+    factor = max(1, math.ceil(480 / max(height, width)))
+    assert count(picture, GREY) == pytest.approx(height * width * factor**2, rel=0.01)  # but for the text
+    for corner in ((0, 0), (picture.width - 1, picture.height - 1)):
+        assert picture.getpixel(corner) == edge
+    assert count(picture, INK) > 100  # some of the text
+    short = captioned(image, "", right)
+    mark = array(short)[4:-4, 4:-4]
+    assert ((mark == edge).all(axis=2).sum() > 20) or right is None
 
 
 def test_side_by_side_shows_both_under_titles():
@@ -214,7 +373,7 @@ def test_save_png_is_atomic(tmp_path, monkeypatch):
     np.testing.assert_array_equal(array(Image.open(path)), array(image))
     before = path.read_bytes()
 
-    def fail(self, file, format):
+    def fail(self, file, **settings):
         file.write(b"half")
         raise OSError("disk full")
 
@@ -223,3 +382,8 @@ def test_save_png_is_atomic(tmp_path, monkeypatch):
         save_png(image, path)
     assert path.read_bytes() == before
     assert [p.name for p in Path(path.parent).iterdir()] == ["a.png"]
+
+
+def test_jpegs_are_jpegs(tmp_path):
+    save_jpeg(Image.new("RGB", (64, 48), "red"), tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"

@@ -1,0 +1,206 @@
+"""A trained network that takes images as they are and prepares them exactly as in evaluation."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from resnext_backbones.errors import UsageError
+from tasks.base import BaseTask
+from tasks.classification import ClassificationTask
+from tasks.data.class_transforms import PreparedClasses, collate_classes
+from tasks.data.images import MAX_PIXELS, Size
+from tasks.data.transforms import Prepared, collate
+from tasks.detection import DetectionTask
+from tasks.given_images import Given, Images, Readable, Together
+from tasks.predictions import ClassMap, ClassScores, Objects, Prediction
+from tasks.segmentation import SemanticTask
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Predictor:
+    """A trained network that takes images as they are (see `tasks.load.load_task`).
+
+    Args:
+        task: with its record; moved to `device` and put into evaluation mode.
+        device: where it computes.
+        precision: as the run had it, "32-true", "bf16-mixed" or "16-mixed".
+
+    Raises UsageError if the task is none of ours, or its record does not say how images are prepared.
+    """
+
+    def __init__(self, task: BaseTask, device: torch.device, precision: str | int) -> None:
+        if not isinstance(task, DetectionTask | SemanticTask | ClassificationTask):
+            raise UsageError(f"{type(task).__name__} is no task that predictions are known of")
+        self.task, self.device = task.to(device).eval(), device
+        task.model.to(memory_format=torch.channels_last)
+        self.dtype = AUTOCAST.get(str(precision))
+        self.categories: list[dict[str, Any]] = task.record["categories"]
+        self.class_names = tuple(task.names)
+        self.skeleton: dict[str, Any] | None = task.record.get("skeleton")
+        self.edges = tuple((int(a), int(b)) for a, b in (self.skeleton or {}).get("edges", ()))
+        data = task.record["config"]["data"]
+        self.reading = {
+            "max_pixels": data.get("max_pixels") or MAX_PIXELS,
+            "bit_depth": data.get("bit_depth"),
+        }
+        self._data = data
+        self.prepared([])  # a fault in the record shows now
+
+    def predict(
+        self,
+        images: Given | Iterable[Given],
+        batch_size: int = 8,
+        *,
+        score: float = 0.0,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> list[Prediction]:
+        """What is found in each image, in the order given.
+
+        Args:
+            images: one image, or any number; of a folder, `tasks.image_arguments.chosen_images(["X"]).files`.
+            batch_size: images computed at once.
+            score: objects that score less are left out. (The network itself reports none below its
+                `score_threshold`.)
+            workers: processes that decode a list of images; 0: this one.
+            progress: whether a bar on stderr shows how far it is.
+
+        Raises:
+            UsageError: an image cannot be read, or is none; it is named.
+        """
+        given = [images] if isinstance(images, Given) else list(images)
+        found = self.iterate(given, batch_size, score=score, workers=workers)
+        if progress:
+            console = Console(stderr=True)
+            return list(track(found, "predicting", len(given), console=console, transient=True))
+        return list(found)
+
+    def iterate(
+        self,
+        images: Given | Iterable[Given],
+        batch_size: int = 8,
+        *,
+        score: float = 0.0,
+        workers: int = 0,
+        on_fault: Callable[[int, str], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """As `predict`, but one after the other, so that memory does not grow with their number.
+
+        on_fault: called with index and reason for an image that cannot be read, in place of raising; the next
+            ones are still predicted.
+        """
+        if batch_size < 1 or workers < 0:
+            raise UsageError(f"batch_size={batch_size}, workers={workers}: at least 1 and 0 are wanted")
+        if isinstance(images, Given):
+            images = [images]
+        if isinstance(images, Sequence):
+            yield from self._predicted(images, 0, batch_size, score, workers, on_fault)
+            return
+        rest, start = iter(images), 0
+        while part := list(islice(rest, batch_size)):  # a generator's images are not all held at once
+            yield from self._predicted(part, start, batch_size, score, 0, on_fault)
+            start += len(part)
+
+    def prepared(self, images: Sequence[Given]) -> Dataset:
+        """The images as the network is fed with them in evaluation."""
+        given = Images(images, self.reading)
+        size = self._data.get("image_size")
+        try:
+            if isinstance(self.task, ClassificationTask):
+                sides = {size} if isinstance(size, int) else set(size)
+                known = ("crop_ratio", "interpolation")
+                cropping = {key: self._data[key] for key in known if key in self._data}
+                return PreparedClasses(given, int(sides.pop()), **cropping)
+            short, long = size
+            return Prepared(given, (short, int(long)))
+        except (TypeError, ValueError, KeyError) as fault:
+            raise UsageError(
+                f"the checkpoint's data.image_size={size} does not say how images are prepared"
+            ) from fault
+
+    def _predicted(
+        self,
+        images: Sequence[Given],
+        start: int,
+        batch_size: int,
+        score: float,
+        workers: int,
+        on_fault: Callable[[int, str], None] | None,
+    ) -> Iterator[Prediction]:
+        collate_fn = collate_classes if isinstance(self.task, ClassificationTask) else collate
+        loader = DataLoader(
+            Readable(self.prepared(images)),
+            batch_size,
+            collate_fn=Together(collate_fn),
+            num_workers=min(workers, -(-len(images) // batch_size)),
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_ctrl_c,
+        )
+        for read in loader:
+            for place, reason in read.faults:
+                if on_fault is None:
+                    raise UsageError(reason)
+                on_fault(start + place, reason)
+            if read.batch is None:
+                continue
+            places = read.batch.image_ids.tolist()
+            for place, size, found in zip(places, read.sizes, self._found(read.batch), strict=True):
+                yield self._prediction(found, images[place], start + place, size, score)
+
+    def _found(self, batch: Any) -> Any:
+        batch = batch._replace(images=batch.images.to(self.device, non_blocking=True))
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self.dtype is not None:
+            precision = torch.autocast(self.device.type, self.dtype)
+        try:
+            with torch.inference_mode(), precision:
+                return self.task.predict(batch)
+        except torch.OutOfMemoryError as fault:
+            number, _, *size = batch.images.shape
+            raise UsageError(
+                f"out of memory with {number} images of {size[0]}×{size[1]} on {self.device}: take a smaller "
+                "batch size"
+            ) from fault
+
+    def _prediction(self, found: Any, image: Given, index: int, size: Size, score: float) -> Prediction:
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+        about: dict[str, Any] = {
+            "index": index,
+            "name": name,
+            "size": size,
+            "class_names": self.class_names,
+        }
+        if isinstance(self.task, SemanticTask):
+            return ClassMap(**about, classes=own_copy(found))
+        if isinstance(self.task, ClassificationTask):
+            return ClassScores(**about, probabilities=own_copy(found))
+        objects = Objects(
+            **about,
+            boxes=own_copy(found["boxes"]),
+            scores=own_copy(found["scores"]),
+            labels=own_copy(found["labels"]),
+            rles=found.get("rles"),
+            keypoints=own_copy(found["keypoints"]) if "keypoints" in found else None,
+            edges=self.edges,
+        )
+        return objects.at_least(score) if score > 0 else objects
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends it to all processes; this one ends when the loader does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, with memory of its own, and free for autograd, which inference mode's tensors are not."""
+    return tensor.cpu().clone()
