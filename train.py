@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     check_types(cfg, overrides, choices, "train")
 
     from resnext_backbones.errors import UsageError  # imports torch
-    from tasks.callbacks import Interrupted
+    from tasks.stopping import Interrupted
     from tasks.run import run
 
     try:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from resnext_backbones import FPN, resnext50_32x4d
-from tasks.provenance import versions
 from tasks.models.rcnn import MEAN, STD, faster_rcnn, roi_align
+from tasks.provenance import versions
 
 CLASSES = 20
 GOAL = 3.0  # docs: torchvision's time divided by ours, on two CPU cores

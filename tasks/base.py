@@ -1,8 +1,10 @@
 """What every task shares: steps, names in the log, parameter groups, learning rate, the guard against NaN.
 
-A task fills in three nouns: `losses(batch)`, `metric(split)` and `update(metric, batch)`.
+A task fills in `losses(batch)`, `metric(split)`, `update(metric, batch)`, and `picture` for people to look
+at.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -97,13 +100,26 @@ class BaseTask(LightningModule):
         """Each loss as a scalar; their sum is minimised and each is logged under its name."""
         raise NotImplementedError
 
-    def metric(self, split: str) -> Any:
-        """What judges a split: has `reset()` and `compute() -> {name: number}`."""
+    def predict(self, batch: Any) -> Any:
+        """What is found in each image of a batch, which may be without targets."""
         raise NotImplementedError
 
-    def update(self, metric: Any, batch: Any) -> Any:
-        """Feeds a batch's predictions to the metric and returns them, for pictures."""
+    def metric(self, split: str) -> Any:
+        """What judges a split (`tasks.metrics`): has `reset()` and `compute() -> {name: number}`."""
         raise NotImplementedError
+
+    def update(self, metric: Any, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Feeds a batch's predictions to the metric; returns them, and the losses as training has them."""
+        raise NotImplementedError
+
+    def picture(self, batch: Any, i: int, found: Any, min_score: float) -> Image.Image:
+        """Image `i` of a batch with the truth and what was found in it."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, in the order of their labels."""
+        return [category["name"] for category in self.record["categories"]]
 
     # Steps.
 
@@ -124,10 +140,16 @@ class BaseTask(LightningModule):
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
             raise DivergedError(self._diverged(losses, batch))
-        size = len(batch.image_ids)
-        self.log("train/loss", total, prog_bar=True, batch_size=size)
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=size)
+        self._log_losses("train", losses, batch)
         return total
+
+    def _log_losses(self, split: str, losses: Mapping[str, Tensor], batch: Any) -> None:
+        numbers = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+        self.log_dict(
+            {f"{split}/{name}": loss for name, loss in numbers.items()},
+            batch_size=len(batch.image_ids),
+            sync_dist=split != "train",  # a split's loss is the mean over the images of all processes
+        )
 
     def _diverged(self, losses: Mapping[str, Tensor], batch: Any) -> str:
         bad = ", ".join(f"{k} = {v.item()}" for k, v in losses.items() if not math.isfinite(v.item()))
@@ -140,10 +162,15 @@ class BaseTask(LightningModule):
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.update(self.metrics["val"], batch)
+        return self._judge("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.update(self.metrics["test"], batch)
+        return self._judge("test", batch)
+
+    def _judge(self, split: str, batch: Any) -> Any:
+        found, losses = self.update(self.metrics[split], batch)
+        self._log_losses(split, losses, batch)
+        return found
 
     def on_validation_epoch_start(self) -> None:
         self._start("val")
@@ -170,6 +197,7 @@ class BaseTask(LightningModule):
         limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
         whole = isinstance(limit, float) and limit == 1.0  # the integer 1 means one batch
         numbers = metric.compute(None if whole else metric.reported)
+        numbers = numbers | metric.class_numbers
         self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
 
     # Optimization.
@@ -231,7 +259,18 @@ class BaseTask(LightningModule):
         if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            if not math.isfinite(norm.item()):
+                raise DivergedError(self._unbounded())
+
+    def _unbounded(self) -> str:
+        bad = [n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        return (
+            f"the gradient is not finite at step {self.global_step} of epoch {self.current_epoch}, though the "
+            f"loss is: {', '.join(bad[:5]) or 'only its norm overflows'}. The run stops before the optimizer's "
+            "step; no checkpoint was overwritten. A lower optimizer.lr, a longer scheduler.warmup or "
+            "trainer.precision=32-true often helps."
+        )
 
     # Checkpoints hold plain containers only.
 
@@ -247,6 +286,15 @@ class BaseTask(LightningModule):
                 f"the checkpoint was trained on other classes than the data's: {differing[:10]} are not in "
                 "both; give the data that it was trained for"
             )
+
+
+def takes(model: nn.Module, *arguments: str) -> bool:
+    """Whether a network can be called with just these arguments."""
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

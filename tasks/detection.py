@@ -1,36 +1,152 @@
-"""Detection: boxes with labels, judged by COCO's average precision."""
+"""Detection: boxes with labels, and the masks or keypoints of each, judged by COCO's average precision."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
+from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
-from tasks.data.transforms import DetectionBatch
+from tasks.data.transforms import MIN_SIDE, DetectionBatch, nearest
 from tasks.metrics.coco import CocoAP
+from tasks.models.masks import paste
+from tasks.models.one_stage import OneStage
+from tasks.models.rcnn import RCNN
+from tasks.pictures import draw, side_by_side
+
+Detections = list[dict[str, Any]]
 
 
 class DetectionTask(BaseTask):
-    """Trains any detector that gives a dict of losses in training mode and detections otherwise.
+    """Trains any detector: two-stage or one-stage, of boxes alone or also of masks or keypoints.
 
-    Args: those of `BaseTask`; `model` is called as `model(images, sizes, targets)` (see `tasks.models.rcnn.RCNN`).
+    Args: those of `BaseTask`, and
+        model: called as `model(images, sizes, targets)`; has `evaluate` (see `tasks.models.rcnn.RCNN`).
+        iou_types: what is judged, of "bbox", "segm" and "keypoints".
+
+    Raises UsageError for a model of another task.
     """
+
+    def __init__(self, *args: Any, iou_types: Sequence[str] = ("bbox",), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.iou_types = tuple(iou_types)
+        refuse_other_model(self.model, set(iou_types))
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.sizes, batch.targets)
 
-    def predict(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        """Detections in the pixels of the images as annotated."""
-        detections = self.model(batch.images, batch.sizes)
-        scales = (batch.original_sizes / batch.sizes).flip(1).repeat(1, 2).float()
-        return [
-            {**found, "boxes": found["boxes"] * scale}
-            for found, scale in zip(detections, scales.to(batch.images.device), strict=True)
-        ]
+    def predict(self, batch: DetectionBatch) -> Detections:
+        """What is found in each image, in the pixels of the image as annotated.
+
+        A dict of `boxes` (float32 [N, 4], xyxy), `scores` ([N], descending), `labels` (int64 [N], 1…K), and
+        where the model gives them `rles` (N run-length masks as pycocotools has them) or `keypoints` (float32
+        [N, P, 3]: x, y, 1).
+        """
+        return self._in_original_pixels(batch, self.model(batch.images, batch.sizes))
 
     def metric(self, split: str) -> CocoAP:
-        return CocoAP(self.trainer.datamodule.annotation_file(split))  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return CocoAP(
+            data.annotation_file(split),
+            self.iou_types,
+            image_ids=data.image_ids(split),
+            keypoint_sigmas=data.skeleton.sigmas if data.skeleton else None,
+        )
 
-    def update(self, metric: Any, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        detections = self.predict(batch)
+    def update(self, metric: Any, batch: DetectionBatch) -> tuple[Detections, dict[str, Tensor]]:
+        targets = [learnable(t, size) for t, size in zip(batch.targets, batch.sizes.tolist(), strict=True)]
+        found, losses = self.model.evaluate(batch.images, batch.sizes, targets)  # type: ignore[operator]
+        detections = self._in_original_pixels(batch, found)
         metric.update(batch.image_ids.tolist(), detections)
-        return detections
+        return detections, losses
+
+    def picture(
+        self, batch: DetectionBatch, i: int, found: Mapping[str, Any], min_score: float
+    ) -> Image.Image:
+        image, truth, shown = self.layers(batch, i, found, min_score)
+        edges = (self.record.get("skeleton") or {}).get("edges", ())
+        left, right = (
+            draw(
+                image,
+                layer["boxes"],
+                layer["labels"],
+                self.names,
+                layer.get("scores"),
+                layer.get("iscrowd"),
+                masks=layer.get("masks"),
+                keypoints=layer.get("keypoints"),
+                edges=edges,
+            )
+            for layer in (truth, shown)
+        )
+        return side_by_side(left, right)
+
+    def layers(
+        self, batch: DetectionBatch, i: int, found: Mapping[str, Any], min_score: float
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Image `i` as the network saw it, its truth, and what was found with confidence, in its pixels."""
+        height, width = batch.sizes[i].tolist()
+        scale = (batch.sizes[i] / batch.original_sizes[i]).flip(0).float().cpu()  # of x and y
+        shown = confident(found, min_score)
+        shown["boxes"] = shown["boxes"] * scale.repeat(2)
+        if "keypoints" in shown:
+            shown["keypoints"] = shown["keypoints"] * torch.cat([scale, torch.ones(1)])
+        if "rles" in shown:
+            masks = [torch.from_numpy(rle.decode(code)) for code in shown.pop("rles")]
+            shown["masks"] = [nearest(mask, (height, width)) for mask in masks]
+        truth = {key: value.cpu() for key, value in batch.targets[i].items()}
+        return batch.images[i, :, :height, :width].cpu(), truth, shown
+
+    @staticmethod
+    def _in_original_pixels(batch: DetectionBatch, detections: Sequence[Mapping[str, Tensor]]) -> Detections:
+        scales = (batch.original_sizes / batch.sizes).flip(1).float().to(batch.images.device)  # of x and y
+        result = []
+        for found, scale, size in zip(detections, scales, batch.original_sizes.tolist(), strict=True):
+            there: dict[str, Any] = {**found, "boxes": found["boxes"] * scale.repeat(2)}
+            if "masks" in there:
+                there["rles"] = paste(there.pop("masks"), there["boxes"], *size)
+            if "keypoints" in there:
+                there["keypoints"] = found["keypoints"] * torch.cat([scale, scale.new_ones(1)])
+            result.append(there)
+        return result
+
+
+def refuse_other_model(model: nn.Module, iou_types: set[str]) -> None:
+    finds = {"bbox"}
+    if isinstance(model, RCNN):
+        finds |= {"segm"} if model.roi_heads.has_mask() else set()
+        finds |= {"keypoints"} if model.roi_heads.has_keypoint() else set()
+    elif not isinstance(model, OneStage) and hasattr(model, "evaluate"):
+        return  # of someone else's detector only its author knows
+    if not hasattr(model, "evaluate") or finds != iou_types | {"bbox"}:
+        said = f"which finds {', '.join(sorted(finds))}" if hasattr(model, "evaluate") else "no detector"
+        raise UsageError(
+            f"task.iou_types={sorted(iou_types)} does not fit {type(model).__name__}, {said}: "
+            "choose model=faster_rcnn, retinanet or fcos for task=detection, mask_rcnn for "
+            "task=instance_segmentation, keypoint_rcnn for task=keypoints"
+        )
+
+
+def learnable(target: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+    """Of an image's annotations as they stand in the file those that training would learn from."""
+    height, width = size
+    boxes = clip_boxes_to_image(target["boxes"], (height, width))
+    keep = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(dim=1) & ~target["iscrowd"]
+    if "masks" in target:
+        keep &= target["masks"].bool().flatten(1).any(dim=1)
+    return {key: value[keep] for key, value in {**target, "boxes": boxes}.items()}
+
+
+def confident(found: Mapping[str, Any], min_score: float) -> dict[str, Any]:
+    """The detections of one image with a score of at least `min_score`, on the CPU."""
+    keep = (found["scores"] >= min_score).cpu()
+    return {
+        key: value.cpu()[keep]
+        if isinstance(value, Tensor)
+        else [v for v, kept in zip(value, keep.tolist(), strict=True) if kept]
+        for key, value in found.items()
+    }

@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from resnext_backbones import Receipt, freeze, freeze_norms, load_weights
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
-from tasks.data.check import check_dataset, start_report
-from tasks.data.module import CocoData
+from tasks.data.check import check_dataset
+from tasks.data.module import SPLITS, ImageData
 from tasks.folder import best_of, of_checkpoint, open_folder, resumed
 from tasks.pretrained import (
     keep_receipt,
@@ -35,7 +36,7 @@ from tasks.pretrained import (
     refuse_idle_norms,
     refuse_other_channels,
 )
-from tasks.provenance import git_state, versions, without_secrets, write_summary
+from tasks.provenance import git_state, plain, versions, without_secrets, write_summary
 from tasks.wandb_run import WandbLogger, wandb_logger
 
 STAGES = ("check", "fit", "validate", "test")
@@ -83,7 +84,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     data = build(cfg, "data", seed=cfg.seed)
     data.prepare_data()
     data.setup("fit")
-    say(start_report({split: data.annotations(split) for split in data.splits}))
+    say(data.report())
     folder = Path(cfg.run_dir) if cfg.resume is not None else open_folder(cfg, choices)
     chosen = cfg.choices
     summary: dict[str, Any] = {
@@ -96,7 +97,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     write_summary(folder, summary)  # what can be said already, should the run not come to its end
 
     if "check" in stages:
-        datasets = {split: data.dataset(split) for split in data.splits}
+        datasets = {s: data.dataset(s) for s in SPLITS if not (s == "test" and data.test_is_val)}
         if not check_dataset(datasets, folder, data.num_workers).ok:
             raise UsageError("the check found what would end training or evaluation; it is listed above")
     if set(stages) & set(STAGE):
@@ -113,10 +114,10 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
             end_tracking(trainer.loggers, failed=True)
             raise
         end_tracking(trainer.loggers, failed=False)
-        per_class = {split: metric.per_class for split, metric in task.metrics.items()}
+        per_class = {split: metric.per_class_of for split, metric in task.metrics.items()}
         recipe = task.recipe and task.recipe.as_dict()
         write_summary(folder, {"recipe": recipe, "results": results, "per_class": per_class})
-        say(table(results, per_class))
+        say(table(results))
     write_summary(folder, {"seconds": round(time.time() - began, 1)})
     say(f"everything is in {folder}")
     return folder
@@ -141,7 +142,7 @@ def wanted(cfg: DictConfig) -> list[str]:
 def build(cfg: DictConfig, key: str, **more: Any) -> Any:
     """The object that `cfg[key]` names by `_target_`; the user's own mistakes come out as UsageError."""
     try:
-        return instantiate(cfg[key], **more)
+        return instantiate(cfg[key], _convert_="all", **more)  # lists and dicts, not Hydra's own kinds
     except MissingMandatoryValue as fault:
         missing = sorted(f"{key}.{name}" for name in cfg[key] if OmegaConf.is_missing(cfg[key], name))
         raise UsageError(f"{', '.join(missing)} is not given; add {missing[0]}=VALUE") from fault
@@ -157,16 +158,17 @@ def build(cfg: DictConfig, key: str, **more: Any) -> Any:
         raise
 
 
-def build_task(cfg: DictConfig, data: CocoData) -> tuple[BaseTask, Receipt | None]:
+def build_task(cfg: DictConfig, data: ImageData) -> tuple[BaseTask, Receipt | None]:
     """The network in the task that trains it, and the receipt of the weights it begins with."""
     body, receipt = build_body(cfg)
-    model = build(cfg, "model", body=body, num_classes=len(data.categories))
+    model = build(cfg, "model", body=body, **data.model_arguments)
     model.to(memory_format=torch.channels_last)
     optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
     task = build(cfg, "task", model=model, optimizer=optimizer, scheduler=scheduler, seed=cfg.seed)
     task.record = {
         "config": without_secrets(OmegaConf.to_container(cfg, resolve=True)),
         "categories": data.categories,
+        "skeleton": data.skeleton and plain(asdict(data.skeleton)),
         "normalisation": getattr(body, "normalisation", None) or normalisation(model),
     }
     if receipt is not None and (warning := other_normalisation(receipt, model, body)):
@@ -260,7 +262,7 @@ def precision(asked: str | int, accelerator: str) -> str | int:
 # The stages.
 
 
-def fit(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
+def fit(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: ImageData, folder: Path) -> dict[str, float]:
     """Trains; returns the numbers of the best epoch on `val`."""
     checkpoint = str(find_checkpoint(cfg.resume)) if cfg.resume is not None else None
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -270,22 +272,31 @@ def fit(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folde
 
 
 def validate(
-    cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path
+    cfg: DictConfig, trainer: Trainer, task: BaseTask, data: ImageData, folder: Path
 ) -> dict[str, float]:
     (numbers,) = trainer.validate(
         task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False
     )
-    task.metrics["val"].save(folder, "val")
+    keep(task, folder, "val")
     return dict(numbers)
 
 
-def test(cfg: DictConfig, trainer: Trainer, task: BaseTask, data: CocoData, folder: Path) -> dict[str, float]:
+def test(
+    cfg: DictConfig, trainer: Trainer, task: BaseTask, data: ImageData, folder: Path
+) -> dict[str, float]:
     if data.test_is_val:
         say("data.test is not given: the test stage is judged on data.val, which also chose the best epoch")
     checkpoint = judged(cfg, trainer)
     (numbers,) = trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    task.metrics["test"].save(folder, "test")
+    keep(task, folder, "test")
     return dict(numbers)
+
+
+def keep(task: BaseTask, folder: Path, split: str) -> None:
+    """What was predicted, and pictures of how well, in the run's folder."""
+    metric = task.metrics[split]
+    metric.save(folder, split)
+    metric.draw(folder / "pictures", split)
 
 
 STAGE = {"fit": fit, "validate": validate, "test": test}
@@ -306,16 +317,15 @@ def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
     return path
 
 
-def table(results: Mapping[str, float], per_class: Mapping[str, Mapping[str, float]]) -> Table:
-    """The final numbers, splits side by side, then the classes."""
+def table(results: Mapping[str, float]) -> Table:
+    """The final numbers, splits side by side; those of the classes, such as "AP/circle", at the end."""
     splits = [s for s in ("val", "test") if any(k.startswith(f"{s}/") for k in results)]
     out = Table("metric", *splits)
-    names = (k.partition("/")[2] for k in results if k.partition("/")[0] in splits)
-    for name in dict.fromkeys(names):
-        out.add_row(name, *(_cell(results.get(f"{split}/{name}")) for split in splits))
-    out.add_section()
-    for name in dict.fromkeys(name for split in splits for name in per_class[split]):
-        out.add_row(f"AP of {name}", *(_cell(per_class[split].get(name)) for split in splits))
+    names = dict.fromkeys(k.partition("/")[2] for k in results if k.partition("/")[0] in splits)
+    for name in sorted(names, key=lambda name: "/" in name):  # stable
+        kind, _, of = name.partition("/")
+        text = Text(f"{kind} of {of}" if of else kind)
+        out.add_row(text, *(_cell(results.get(f"{split}/{name}")) for split in splits))
     return out
 
 

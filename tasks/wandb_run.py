@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from resnext_backbones.errors import UsageError
 from tasks.provenance import plain, without_secrets
@@ -249,3 +250,13 @@ def log_boxes(
         for image, truth, predictions in pictures
     ]
     logger.log_metrics({key: images}, step)
+
+
+@rank_zero_only
+def log_pictures(logger: Logger | None, step: int, key: str, pictures: Sequence[Image.Image]) -> None:
+    """Send pictures to W&B under `key`; does nothing for another logger."""
+    if not (isinstance(logger, WandbLogger) and logger.version):
+        return
+    import wandb
+
+    logger.log_metrics({key: [wandb.Image(picture) for picture in pictures]}, step)

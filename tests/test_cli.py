@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from resnext_backbones.errors import UsageError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -83,9 +85,15 @@ def test_a_mistake_is_answered_in_one_line_with_the_nearest_word(argument, wante
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_in_one_line(arguments, wanted, tiny_shapes, tmp_path):
-    data = [] if "data=coco" in arguments else tiny_shapes
-    done = train(*arguments, *data, f"runs_dir={tmp_path}", cwd=tmp_path)
+def test_what_cannot_be_is_said_in_one_line(arguments, wanted, tiny_shapes, start):
+    with pytest.raises(UsageError) as refused:
+        start(*arguments, data=[] if "data=coco" in arguments else tiny_shapes)
+    assert wanted in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_cannot_be_ends_the_program_with_code_2_and_that_line(tmp_path):
+    done = train("data=coco", "data.root=nowhere", f"runs_dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert wanted in done.stderr.strip().splitlines()[-1]
+    assert "nowhere" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -22,18 +22,29 @@ def composed(*overrides):
         return compose("train", overrides=list(overrides), return_hydra_config=False)
 
 
-@pytest.mark.parametrize("backbone", [b for b in options("backbone") if b != "custom"])
-@pytest.mark.parametrize("task", options("task"))
-def test_every_task_with_every_backbone_builds(task, backbone):
-    cfg = composed(f"task={task}", f"backbone={backbone}", "data=coco", "data.root=.")
+def built(*overrides):
+    cfg = composed(*overrides)
     OmegaConf.to_container(cfg, resolve=True)
+    points = {"num_keypoints": 5} if cfg.data.target == "keypoints" else {}
     with torch.device("meta"):
         body = instantiate({k: v for k, v in cfg.backbone.items() if k not in HAND_OVER})
-        model = instantiate(cfg.model, body=body, num_classes=3)
-        built = instantiate(
+        model = instantiate(cfg.model, body=body, num_classes=3, **points)
+        return instantiate(
             cfg.task, model=model, optimizer=instantiate(cfg.optimizer), scheduler=instantiate(cfg.scheduler)
         )
-    assert built.model is model
+
+
+@pytest.mark.parametrize("backbone", [b for b in options("backbone") if b != "custom"])
+def test_every_backbone_builds(backbone):
+    built("task=classification", f"backbone={backbone}")
+    if not backbone.startswith("resnext29"):  # CIFAR's have three levels, for small images
+        built("task=detection", f"backbone={backbone}")
+
+
+@pytest.mark.parametrize("backbone", ["resnext50_32x4d", "resnet18", "torchvision", "timm"])
+@pytest.mark.parametrize("task", options("task"))
+def test_every_task_builds(task, backbone):
+    assert built(f"task={task}", f"backbone={backbone}").model is not None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +68,7 @@ def test_every_task_with_every_backbone_builds(task, backbone):
 def test_every_option_composes(group, option):
     extra = [] if group == "data" and option == "shapes" else ["data.root=."]
     cfg = composed(f"{group}={option}", *extra, "run_id=x")
-    assert OmegaConf.to_container(cfg, resolve=True)["monitor"] == "val/AP"
+    assert OmegaConf.to_container(cfg, resolve=True)["monitor"].startswith("val/")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -48,12 +48,19 @@ def test_a_run_leaves_everything_in_its_folder(start, capsys):
         "pictures/val_epoch001.png",
         "pictures/val_epoch002.png",
         "pictures/test.png",
+        "pictures/confusion_test_bbox.png",
+        "pictures/per_class_test_bbox.png",
+        "pictures/pr_curve_test_bbox.png",
+        "pictures/tide_test_bbox.png",
+        "history.png",
     }
     assert found == expected
 
     metrics = read_metrics(folder)
     names = {name for line in metrics for name in line}
     assert {"train/loss", "train/loss_classifier", "train/loss_box_reg", "val/AP", "test/AP50"} <= names
+    assert {"val/loss", "val/loss_objectness", "val/TIDE_Miss"} <= names
+    assert any(name.startswith("test/AP/") for name in names)  # of each class
     assert [step for step, _ in losses(folder)] == list(range(8))
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 <= summary["results"]["test/AP"] <= 1
@@ -193,6 +200,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(start,
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_too(start, runs, monkeypatch):
+    from tasks.detection import DetectionTask
+
+    honest = DetectionTask.losses
+
+    def poisoned(self, batch):  # the loss is as it was, its gradient is not
+        losses = honest(self, batch)
+        if self.global_step == 6:
+            zero = self.model.backbone.body.conv1.weight.sum() * 0
+            losses["loss_classifier"] = losses["loss_classifier"] + zero.sqrt()
+        return losses
+
+    monkeypatch.setattr(DetectionTask, "losses", poisoned)
+    with pytest.raises(DivergedError, match=r"gradient is not finite at step 6 of epoch 1.*conv1\.weight"):
+        start("run_id=nan")
+    last = read_checkpoint(runs / "nan")
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
 def test_validate_and_test_judge_a_checkpoint(start, capsys):
     folder = start("run_id=trained")
     reported = json.loads((folder / "summary.json").read_text())["results"]
@@ -227,6 +253,7 @@ def test_a_detector_is_not_judged_on_other_classes(start, tiny_shapes, tmp_path)
         start("stages=validate", f"ckpt_path={folder}", data=words)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143(tiny_shapes, runs):
     code = WAITING.format(when="training").replace("SIGINT", "SIGTERM")
     words = [*SMALL, *tiny_shapes, f"runs_dir={runs}", "run_id=stopped", "stages=fit", "trainer.max_epochs=6"]
@@ -242,7 +269,7 @@ def test_without_a_test_split_val_is_judged_and_it_is_said(start, capsys):
     assert "data.test is not given" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("when", ["training", "validation"])
+@pytest.mark.parametrize("when", ["training", pytest.param("validation", marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_resuming_gives_the_same_weights(start, tiny_shapes, runs, when):
     """Stopped within an epoch or a validation, and resumed: the uninterrupted weights, bit for bit."""
     whole = start("stages=fit", "run_id=whole", "trainer.max_epochs=6")

@@ -1,0 +1,86 @@
+"""Semantic segmentation: a class for every pixel, judged by intersection over union."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from resnext_backbones.errors import UsageError
+from tasks.base import BaseTask, takes
+from tasks.data.images import IGNORED
+from tasks.data.transforms import DetectionBatch
+from tasks.metrics.iou import MeanIoU
+from tasks.pictures import draw_classes, side_by_side
+
+
+class SemanticTask(BaseTask):
+    """Trains a semantic segmentation network by the cross-entropy of every pixel that is not ignored.
+
+    Args: those of `BaseTask`, and
+        model: `model(images, sizes) -> logits`, float32 [B, K, H, W] of the padded images' size.
+
+    Raises UsageError for a model of another task.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not takes(self.model, "images", "sizes") or hasattr(self.model, "evaluate"):  # as detectors have
+            raise UsageError(
+                f"task=semantic_segmentation: {type(self.model).__name__} does not classify pixels; choose "
+                "model=semantic_fpn or model=deeplabv3, or another task"
+            )
+
+    def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
+        logits = self.model(batch.images, batch.sizes)
+        return {"loss_semantic": pixel_cross_entropy(logits, [t["semantic"] for t in batch.targets])}
+
+    def predict(self, batch: DetectionBatch) -> list[Tensor]:
+        """The class of every pixel of each image as annotated, uint8 [H, W], 0…K - 1."""
+        return self._classes(batch, self.model(batch.images, batch.sizes))
+
+    def metric(self, split: str) -> MeanIoU:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return MeanIoU(self.names, image_ids=data.image_ids(split))
+
+    def update(self, metric: Any, batch: DetectionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        logits = self.model(batch.images, batch.sizes)
+        found = self._classes(batch, logits)
+        metric.update(batch.image_ids.tolist(), found, [t["original_semantic"] for t in batch.targets])
+        loss = pixel_cross_entropy(logits, [t["semantic"] for t in batch.targets])
+        return found, {"loss_semantic": loss}
+
+    def picture(self, batch: DetectionBatch, i: int, found: Tensor, min_score: float) -> Image.Image:
+        height, width = batch.sizes[i].tolist()
+        image = batch.images[i, :, :height, :width].cpu()
+        truth = batch.targets[i]["semantic"].cpu()
+        shown = F.interpolate(found[None, None].cpu(), (height, width), mode="nearest-exact")[0, 0]
+        return side_by_side(draw_classes(image, truth, self.names), draw_classes(image, shown, self.names))
+
+    @staticmethod
+    def _classes(batch: DetectionBatch, logits: Tensor) -> list[Tensor]:
+        """One image at a time, since the logits of many classes at full size are large."""
+        result = []
+        for scores, (height, width), size in zip(
+            logits, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True
+        ):
+            seen = scores[None, :, :height, :width]
+            if [height, width] != size:
+                seen = F.interpolate(seen, size, mode="bilinear", align_corners=False)
+            result.append(seen[0].argmax(dim=0).to(torch.uint8))
+        return result
+
+
+def pixel_cross_entropy(logits: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """The mean over all pixels of a batch that are not `IGNORED`; 0 where all are.
+
+    logits: float32 [B, K, H, W]. maps: uint8 [h, w] of each image within its padding, which is ignored.
+    (torch's own mean is NaN where every pixel is ignored.)
+    """
+    targets = logits.new_full(logits.shape[:1] + logits.shape[2:], IGNORED, dtype=torch.int64)
+    for target, drawn in zip(targets, maps, strict=True):
+        target[: drawn.shape[0], : drawn.shape[1]] = drawn
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
