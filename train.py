@@ -26,8 +26,8 @@ def main(cfg: DictConfig) -> None:
     check_types(cfg, overrides, choices, "train")
 
     from resnext_backbones.errors import UsageError  # imports torch
-    from tasks.stopping import Interrupted
     from tasks.run import run
+    from tasks.stopping import Interrupted
 
     try:
         run(cfg, overrides, choices)

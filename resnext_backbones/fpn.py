@@ -14,8 +14,8 @@ from .features import FeatureSpec, declared_features
 class StridedLevels(LastLevelP6P7):
     """torchvision's p6 and p7, but no convolution of stride 2 sees a map that is one pixel wide.
 
-    On a CPU, torch 2.15's gradient of its weights in bfloat16 is then memory nobody wrote to: NaN as a rule. A
-    column of zeros beside the pixel changes nothing else.
+    On a CPU, torch 2.15's gradient of its weights in bfloat16 is then memory nobody wrote to: NaN as a rule.
+    A column of zeros beside the pixel changes nothing else.
     """
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:

@@ -266,10 +266,10 @@ class BaseTask(LightningModule):
     def _unbounded(self) -> str:
         bad = [n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         return (
-            f"the gradient is not finite at step {self.global_step} of epoch {self.current_epoch}, though the "
-            f"loss is: {', '.join(bad[:5]) or 'only its norm overflows'}. The run stops before the optimizer's "
-            "step; no checkpoint was overwritten. A lower optimizer.lr, a longer scheduler.warmup or "
-            "trainer.precision=32-true often helps."
+            f"the gradient is not finite at step {self.global_step} of epoch {self.current_epoch}, though "
+            f"the loss is: {', '.join(bad[:5]) or 'only its norm overflows'}. The run stops before the "
+            "optimizer's step; no checkpoint was overwritten. A lower optimizer.lr, a longer "
+            "scheduler.warmup or trainer.precision=32-true often helps."
         )
 
     # Checkpoints hold plain containers only.

@@ -59,4 +59,3 @@ def read_class_map(path: Path, annotations: CocoAnnotations, size: tuple[int, in
             "write category ids, and 255 where there is nothing to learn"
         )
     return torch.from_numpy(classes[values])
-
