@@ -164,20 +164,24 @@ class CocoData(ImageData):
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs, so that a fault shows before anything is trained."""
-        train = self.annotations("train")
-        mine = [(c.id, c.name) for c in train.categories]
+        mine = self._classes("train")
         for split in ("val", "test"):
-            theirs = [(c.id, c.name) for c in self.annotations(split).categories]
-            if mine != theirs:
+            if (theirs := self._classes(split)) != mine:
                 odd = sorted(set(mine) ^ set(theirs))[:20]
                 raise UsageError(
                     f"{self.annotation_file(split)}: its categories differ from those of "
-                    f"{self.annotation_file('train')}: {odd}; make both lists of (id, name) equal"
+                    f"{self.annotation_file('train')}: {odd}; make both lists equal"
                 )
         if self.target == "semantic":
             self._refuse_class_maps()
         for split in SPLITS:
             self.dataset(split)
+
+    def _classes(self, split: str) -> list[tuple[Any, ...]]:
+        """What has to be the same in all splits."""
+        posed = self.target == "keypoints"
+        categories = self.annotations(split).categories
+        return [(c.id, c.name, c.keypoints) if posed else (c.id, c.name) for c in categories]
 
     def _refuse_class_maps(self) -> None:
         given, train = self.class_maps("train") is not None, self.annotations("train")
