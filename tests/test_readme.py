@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from tasks import predict
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(
@@ -28,6 +30,27 @@ def test_commands_compose(command):
         key, _, value = word.partition("=")
         if key in ("data.root", "data.train", "data.val", "ckpt_path", "resume", "backbone.weights"):
             assert str(value) in str(cfg)
+
+
+def options(group):
+    return {path.stem for path in (ROOT / "configs" / group).glob("*.yaml")}
+
+
+def test_the_table_of_tasks_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \| (`.*`) \|", README, flags=re.MULTILINE)
+    assert {task for task, _ in rows} == options("task")
+    assert {name for _, names in rows for name in re.findall(r"`(\w+)`", names)} == options("model")
+
+
+def test_every_form_of_data_is_named():
+    assert set(re.findall(r"data=(\w+)", README)) == options("data") - {"shapes"}
+
+
+def test_the_command_of_prediction_is_understood(tmp_path, monkeypatch, capsys):
+    (command,) = re.findall(r"^ {4}uv run python -m tasks\.predict (.*)$", README, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert predict.main(shlex.split(command)) == 2
+    assert "photos: there is no such file" in capsys.readouterr().err
 
 
 def test_the_files_it_links_to_exist():
