@@ -270,6 +270,11 @@ def built(builder: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> Any
     """The classifier; `UsageError` where its builder refuses."""
     for given in kwargs.keys() & {"weights", "pretrained", "checkpoint_path", "features_only"}:
         raise UsageError(f"{name}: leave out {given}; a body has no head, and load_weights gives it weights")
+    if "output_stride" in kwargs:
+        raise UsageError(
+            f"{name}: leave out output_stride; bodies of other libraries do not dilate here. Take one of "
+            "this library (resnet50, say), or a head that needs no dilation (Semantic FPN)"
+        )
     try:
         return builder(**kwargs)
     except Exception as error:

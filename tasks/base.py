@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from resnext_backbones.errors import UsageError
 from tasks.data.samplers import mix
+from tasks.loggers import JsonlLogger
+
+MOST_CHARTS = 100  # of classes; more than these are logged to metrics.jsonl only
+LEAST_FOR_NORMS = 4  # images
 
 
 class DivergedError(RuntimeError):
@@ -49,7 +54,7 @@ class Recipe:
     def __str__(self) -> str:
         scaled = f" (given for batches of {self.reference_batch_size})" if self.reference_batch_size else ""
         learned = self.decayed_parameters + self.undecayed_parameters
-        epochs = f" in {self.epochs} epochs" if self.epochs else ""
+        epochs = f" in {self.epochs} epoch{'s' * (self.epochs > 1)}" if self.epochs else ""
         return (
             f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}, "
             f"weight decay {self.weight_decay:g} on {self.decayed_parameters:,} of {learned:,} parameters "
@@ -90,6 +95,7 @@ class BaseTask(LightningModule):
         self._optimizer, self._scheduler = optimizer, scheduler
         self._reference_batch_size = reference_batch_size
         self.metrics: dict[str, Any] = {}
+        self.numbers: dict[str, float] = {}  # of the last judgement of each split
         self.recipe: Recipe | None = None
         # What every checkpoint carries along: configuration and classes, in plain containers.
         self.record: dict[str, Any] = {}
@@ -129,6 +135,13 @@ class BaseTask(LightningModule):
     def on_train_start(self) -> None:
         assert self.recipe is not None
         self.print(f"recipe: {self.recipe}")
+        live = any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.model.modules())
+        if live and self.recipe.batch_size < LEAST_FOR_NORMS:
+            self.print(
+                f"warning: batch norms learn from {self.recipe.batch_size} images at a time, which is few: "
+                "pretrained weights freeze them (backbone.weights=SOURCE); otherwise raise data.batch_size, "
+                "or take +backbone.norm=group"
+            )
         for logger in self.loggers:
             logger.log_hyperparams({"recipe": self.recipe.as_dict()})
 
@@ -197,8 +210,20 @@ class BaseTask(LightningModule):
         limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
         whole = isinstance(limit, float) and limit == 1.0  # the integer 1 means one batch
         numbers = metric.compute(None if whole else metric.reported)
-        numbers = numbers | metric.class_numbers
-        self.log_dict({f"{split}/{name}": value for name, value in numbers.items()})
+        named = {f"{split}/{name}": value for name, value in numbers.items()}
+        monitor = getattr(self.trainer.checkpoint_callback, "monitor", None) or ""
+        if monitor.startswith(f"{split}/") and monitor not in named:
+            rank_zero_warn(f"{monitor} cannot be computed: {split} holds nothing to judge it by")
+            named[monitor] = math.nan
+        of_classes = {f"{split}/{name}": value for name, value in metric.class_numbers.items()}
+        self.numbers |= named | of_classes  # in full precision, which Lightning's log has not
+        if len(of_classes) <= MOST_CHARTS:
+            named |= of_classes
+        else:
+            for logger in self.loggers:
+                if isinstance(logger, JsonlLogger):
+                    logger.log_metrics(of_classes, self.global_step)
+        self.log_dict(named)
 
     # Optimization.
 
@@ -256,12 +281,16 @@ class BaseTask(LightningModule):
 
         Only float16's loss scaler gives it a reason to; there its own, clear refusal stands.
         """
-        if self.trainer.precision == "16-mixed" or gradient_clip_algorithm == "value":
+        if self.trainer.precision == "16-mixed":  # whose scaler leaves out steps that are not finite
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-            if not math.isfinite(norm.item()):
-                raise DivergedError(self._unbounded())
+            return
+        by_value = gradient_clip_algorithm == "value"
+        most = math.inf if by_value or gradient_clip_val is None else gradient_clip_val
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), most)
+        if not math.isfinite(norm.item()):
+            raise DivergedError(self._unbounded())
+        if by_value:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _unbounded(self) -> str:
         bad = [n for n, p in self.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

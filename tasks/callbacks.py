@@ -14,7 +14,7 @@ from tasks.wandb_run import log_boxes, log_pictures
 
 
 class Pictures(Callback):
-    """Ground truth beside predictions for the same few images after each validation and after the test.
+    """Ground truth beside predictions for the same few images, spread over the split, after each judgement.
 
     They go to `folder` as PNG and to W&B, of detectors with interactive boxes.
 
@@ -26,6 +26,7 @@ class Pictures(Callback):
 
     def __init__(self, folder: str | Path, images: int = 8, min_score: float = 0.5) -> None:
         self.folder, self.images, self.min_score = Path(folder), images, min_score
+        self._seen = 0
         self._pictures: list[Image.Image] = []
         self._layers: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
 
@@ -41,12 +42,22 @@ class Pictures(Callback):
         if not trainer.is_global_zero:
             return
         task: Any = pl_module
-        for i in range(min(len(batch.image_ids), self.images - len(self._pictures))):
+        apart = self._apart(trainer, len(batch.image_ids))
+        for i in range(len(batch.image_ids)):
+            self._seen += 1
+            if (self._seen - 1) % apart or len(self._pictures) == self.images:
+                continue
             self._pictures.append(task.picture(batch, i, outputs[i], self.min_score))
             if hasattr(task, "layers"):
                 self._layers.append(task.layers(batch, i, outputs[i], self.min_score))
 
     on_test_batch_end = on_validation_batch_end
+
+    def _apart(self, trainer: Trainer, batch_size: int) -> int:
+        """Every how many images of this process's share one is shown; class folders have a class in a row."""
+        loader: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        batches = int(sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches))
+        return max(1, min(len(loader.sampler), batches * batch_size) // max(1, self.images))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer, "val")
@@ -56,17 +67,17 @@ class Pictures(Callback):
 
     def _show(self, trainer: Trainer, split: str) -> None:
         pictures, layers = self._pictures, self._layers
-        self._pictures, self._layers = [], []
+        self._pictures, self._layers, self._seen = [], [], 0
         if not pictures or trainer.sanity_checking:
             return
-        name = f"{split}_epoch{trainer.current_epoch + 1:03d}.png" if split == "val" else f"{split}.png"
+        fitting = trainer.state.fn == "fit"
+        name = f"{split}_epoch{trainer.current_epoch + 1:03d}.png" if fitting else f"{split}.png"
         save_png(contact_sheet(pictures, columns=2), self.folder / name)
         names = dict(enumerate(trainer.datamodule.names, start=1))  # type: ignore[attr-defined]
         for logger in trainer.loggers:
+            log_pictures(logger, trainer.global_step, f"{split}/pictures", pictures)
             if layers:
-                log_boxes(logger, trainer.global_step, f"{split}/pictures", layers, names)
-            else:
-                log_pictures(logger, trainer.global_step, f"{split}/pictures", pictures)
+                log_boxes(logger, trainer.global_step, f"{split}/boxes", layers, names)
 
 
 class History(Callback):

@@ -36,7 +36,7 @@ class ClassificationTask(BaseTask):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.mixup, self.cutmix, self.label_smoothing = mixup, cutmix, label_smoothing
-        if not takes(self.model, "normalised"):
+        if not takes(self.model, "normalised") or not hasattr(self.model, "normalise"):
             raise UsageError(
                 f"task=classification: {type(self.model).__name__} is no classifier of images; choose "
                 "model=classifier, or another task"

@@ -11,6 +11,8 @@ from torchvision.ops import clip_boxes_to_image
 
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
+from tasks.data.alike import alike
+from tasks.data.keypoints import TO_CENTRE
 from tasks.data.transforms import MIN_SIDE, DetectionBatch, nearest
 from tasks.metrics.coco import CocoAP
 from tasks.models.masks import paste
@@ -44,9 +46,13 @@ class DetectionTask(BaseTask):
 
         A dict of `boxes` (float32 [N, 4], xyxy), `scores` ([N], descending), `labels` (int64 [N], 1…K), and
         where the model gives them `rles` (N run-length masks as pycocotools has them) or `keypoints` (float32
-        [N, P, 3]: x, y, 1).
+        [N, P, 3]: x, y, 1; as in COCO's files, where whole numbers are the centres of pixels).
         """
-        return self._in_original_pixels(batch, self.model(batch.images, batch.sizes))
+        found: dict[int, dict[str, Any]] = {}
+        for places, part in alike(batch):
+            detections = self._in_original_pixels(part, self.model(part.images, part.sizes))
+            found |= zip(places, detections, strict=True)
+        return [found[i] for i in range(len(batch.image_ids))]
 
     def metric(self, split: str) -> CocoAP:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -58,11 +64,17 @@ class DetectionTask(BaseTask):
         )
 
     def update(self, metric: Any, batch: DetectionBatch) -> tuple[Detections, dict[str, Tensor]]:
-        targets = [learnable(t, size) for t, size in zip(batch.targets, batch.sizes.tolist(), strict=True)]
-        found, losses = self.model.evaluate(batch.images, batch.sizes, targets)  # type: ignore[operator]
-        detections = self._in_original_pixels(batch, found)
-        metric.update(batch.image_ids.tolist(), detections)
-        return detections, losses
+        detections: dict[int, dict[str, Any]] = {}
+        losses: dict[str, Tensor] = {}
+        for places, part in alike(batch):
+            targets = [learnable(t, size) for t, size in zip(part.targets, part.sizes.tolist(), strict=True)]
+            found, of_part = self.model.evaluate(part.images, part.sizes, targets)  # type: ignore[operator]
+            detections |= zip(places, self._in_original_pixels(part, found), strict=True)
+            for name, loss in of_part.items():
+                losses[name] = losses.get(name, 0) + loss * (len(places) / len(batch.image_ids))
+        in_order = [detections[i] for i in range(len(batch.image_ids))]
+        metric.update(batch.image_ids.tolist(), in_order)
+        return in_order, losses
 
     def picture(
         self, batch: DetectionBatch, i: int, found: Mapping[str, Any], min_score: float
@@ -94,7 +106,8 @@ class DetectionTask(BaseTask):
         shown = confident(found, min_score)
         shown["boxes"] = shown["boxes"] * scale.repeat(2)
         if "keypoints" in shown:
-            shown["keypoints"] = shown["keypoints"] * torch.cat([scale, torch.ones(1)])
+            continuous = shown["keypoints"] + torch.tensor(TO_CENTRE)
+            shown["keypoints"] = continuous * torch.cat([scale, torch.ones(1)])
         if "rles" in shown:
             masks = [torch.from_numpy(rle.decode(code)) for code in shown.pop("rles")]
             shown["masks"] = [nearest(mask, (height, width)) for mask in masks]
@@ -110,7 +123,8 @@ class DetectionTask(BaseTask):
             if "masks" in there:
                 there["rles"] = paste(there.pop("masks"), there["boxes"], *size)
             if "keypoints" in there:
-                there["keypoints"] = found["keypoints"] * torch.cat([scale, scale.new_ones(1)])
+                continuous = found["keypoints"] * torch.cat([scale, scale.new_ones(1)])
+                there["keypoints"] = continuous - scale.new_tensor(TO_CENTRE)
             result.append(there)
         return result
 

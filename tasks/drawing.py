@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tasks.data.images import BACKGROUND
+
 LONGEST_SIDE = 480  # pixels; a smaller image is enlarged until its text can be read
 TEXT_SIZE = 14
 GAP = 6
@@ -40,6 +42,12 @@ def class_colour(label: int) -> Colour:
     hue, lightness = index * 0.618034 % 1, (0.38, 0.55, 0.72)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.75)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def map_colour(value: int, names: Sequence[str]) -> Colour:
+    """The colour of a class map's `value` (0…K - 1): that of the class's objects, of which a background at 0
+    is none."""
+    return class_colour(value if names and names[0] == BACKGROUND else value + 1)
 
 
 def shade(colour: Colour, number: int) -> Colour:

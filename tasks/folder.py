@@ -18,6 +18,7 @@ CONFIG = "config.yaml"
 
 # What may change when a run goes on; network, data and seed are part of what it is.
 CHANGEABLE = ("stages", "trainer", "logger", "callbacks", "optimizer", "scheduler", "resume", "runs_dir")
+PREPARATION = ("target", "image_size", "crop_ratio", "interpolation")  # of data, what a network learned with
 CHANGEABLE_DATA = ("num_workers", "worker_timeout", "root", "max_pixels", "max_drop_fraction")
 
 
@@ -83,18 +84,26 @@ def resumed(
 
 
 def of_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """`cfg` with the network of the checkpoint `cfg.ckpt_path`, and its data unless others are asked for."""
+    """`cfg` with network, task and data of the checkpoint `cfg.ckpt_path`, and what is asked for on top.
+
+    Where other data are chosen (`data=…`), they are still prepared as the network knows it.
+    """
     record = read_checkpoint(best_of(cfg.ckpt_path)).get("record", {}).get("config")
     if record is None:  # not one of ours: the command line says what it holds
         return cfg
-    asked = {
-        o.key_or_group.partition(".")[0] for o in OverridesParser.create().parse_overrides(list(overrides))
-    }
+    asked = {o.key_or_group for o in OverridesParser.create().parse_overrides(list(overrides))}
     kept = OmegaConf.create(record)
-    with open_dict(cfg):
+    with open_dict(cfg), open_dict(kept):
         for part in ("backbone", "model", "task", "data"):
-            if part not in asked:
+            if part in asked and part != "data":
+                continue
+            given = {key: OmegaConf.select(cfg, key) for key in asked if key.startswith(f"{part}.")}
+            if part in asked:
+                given = {f"data.{key}": kept.data[key] for key in PREPARATION if key in kept.data} | given
+            else:
                 cfg[part] = kept[part]
+            for key, value in given.items():
+                OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg
 
 

@@ -4,6 +4,7 @@ A checkpoint may come from a stranger. It is read without unpickling, and its co
 project's own networks; anything else would be code of the file's choice.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,17 @@ def load_task(path: str | Path, device: str = "auto", trust: bool = False) -> Pr
         print(found.names, found.scores)
 
     Args:
-        path: a run's folder, of which the best checkpoint is taken, else the last; or a checkpoint.
+        path: a run's folder, of which the best checkpoint is taken, else (with a warning where it is damaged)
+            the last; or a checkpoint.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator where there is one.
-        trust: whether the checkpoint may name code of its own. As dangerous as running a program from where
-            it came from.
+        trust: whether the checkpoint may name code of its own, and lift the limit on an image's pixels. As
+            dangerous as running a program from where it came from.
 
     Raises:
         UsageError: there is no readable checkpoint, it is not one of a run, it names code that is not this
             project's, or its weights do not fit the network it names.
     """
-    path = Path(path)
-    best = path / "checkpoints/best.ckpt"
-    file = best if best.is_file() else path
-    checkpoint = read_checkpoint(file)
+    file, checkpoint = _best_or_last(Path(path))
     record = _record(checkpoint, file)
     if not trust:
         for part, allowed in ALLOWED.items():
@@ -67,7 +66,22 @@ def load_task(path: str | Path, device: str = "auto", trust: bool = False) -> Pr
     task = _built(record, file)
     _fill(task, checkpoint["state_dict"], file)
     asked = record["config"]["trainer"].get("precision", "32-true")
-    return Predictor(task, where, precision(asked, where.type))
+    return Predictor(task, where, precision(asked, where.type), trust)
+
+
+def _best_or_last(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that predicts, and its content."""
+    best, last = path / "checkpoints/best.ckpt", path / "checkpoints/last.ckpt"
+    if not best.is_file():
+        return path, read_checkpoint(path)
+    try:
+        return best, read_checkpoint(best)
+    except UsageError as fault:
+        if not last.is_file():
+            raise
+        checkpoint = read_checkpoint(last)
+        warnings.warn(f"{fault}. TAKING {last} INSTEAD", stacklevel=3)
+        return last, checkpoint
 
 
 def refuse_code(config: Any, part: str, allowed: set[str], file: Path) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tasks.data.images import IGNORED
 from tasks.drawing import (
+    BACKGROUND,
     GAP,
     INK,
     LONGEST_SIDE,
@@ -30,6 +32,7 @@ from tasks.drawing import (
     enlarged,
     fitting,
     font,
+    map_colour,
     tint,
     unit_of,
     with_legend,
@@ -38,7 +41,7 @@ from tasks.drawn_objects import Mask, decoded
 from tasks.drawn_objects import objects as to_draw
 
 CROWDED = 0.3  # share of a picture that plates with names may cover; beyond it a legend names the classes
-IGNORED, BACKGROUND = 255, "background"  # of class maps; what reads them draws pictures itself
+
 HATCH = (128, 128, 128)
 
 
@@ -69,7 +72,8 @@ def draw(
         crowd: bool [N]; crowds are dashed and called so.
         masks: of the image's size, uint8 or bool [N, H, W], or N run-length codes of pycocotools. The tints
             of a class's objects differ in lightness; the contour has the class's colour.
-        keypoints: [N, P, 3], x and y in pixels of `image` and visibility; where that is 0 nothing is drawn.
+        keypoints: [N, P, 3], x and y as of boxes (the first pixel's centre is 0.5, 0.5) and visibility; where
+            that is 0 nothing is drawn.
         edges: pairs of keypoints, from 0, that are joined by lines.
 
     Raises:
@@ -134,7 +138,7 @@ def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str]) -> Image.
         elif name == BACKGROUND:
             colour = PAPER
         else:
-            colour = class_colour(index + 1)
+            colour = map_colour(index, names)
             tint(pixels, places == index, colour, colour, width)
         percent = f"{share / drawn.size:.1%}" if share >= drawn.size / 1000 else "<0.1%"
         legend.append((colour, f"{name} {percent}"))

@@ -4,14 +4,13 @@ Imports nothing heavy before the arguments are read, so that help and mistakes a
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -31,7 +30,7 @@ In the folder DIR:
   pictures/         each image with what was found in it, in the folders that the images are in
   predictions.json  of detectors: all that the network reports, in COCO's results format: category ids of the
                     dataset it was trained on, boxes x, y, width, height in pixels of the image, masks as
-                    run-length codes, keypoints flat; without regard to --score
+                    run-length codes, keypoints flat, 0 the centre of a pixel; without regard to --score
   images.json       beside it: the images' numbers, names and sizes, and the categories, as a COCO file
                     without annotations: COCO("images.json").loadRes("predictions.json")
   predictions.csv   of classifiers: the five most probable classes of each image
@@ -73,6 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.showwarning = _warn
     chosen = chosen_images(args.images)
     predictor = load_task(args.run, args.device, trust=args.trust)
     folder = output_folder(args.output, args.run)
@@ -96,13 +96,15 @@ def _predict(
     args: argparse.Namespace, predictor: "Predictor", chosen: "Chosen", folder: Path
 ) -> tuple[int, list[str], BaseException | None]:
     """Writes results and pictures: of how many images, what was wrong with others, what ended it early."""
+    from tasks.data.module import spare_cores
     from tasks.prediction_files import Pictures, results
 
-    workers = _workers(len(chosen.files) > args.batch_size) if args.workers is None else args.workers
+    many = len(chosen.files) > args.batch_size
+    workers = args.workers if args.workers is not None else spare_cores() if many else 0
     faults: list[str] = []
     done = 0
     stopped: BaseException | None = None
-    pictures = None if args.no_pictures else Pictures(folder / "pictures", predictor, args.score, workers)
+    pictures = None if args.no_pictures else Pictures(folder / "pictures", args.score, workers)
     with _progress(len(chosen.files)) as bar, results(predictor, folder, chosen) as write:
 
         def unreadable(_: int, reason: str) -> None:
@@ -115,14 +117,17 @@ def _predict(
             ):
                 with _whole():
                     write(found)
+                    done += 1
                     if pictures is not None:
                         pictures.add(found, chosen)
-                    done += 1
                 bar.advance(bar.task_ids[0])
         except (KeyboardInterrupt, Exception) as reason:  # whatever ended it, what is done is kept
             stopped = reason
-        if pictures is not None:
-            pictures.finish()
+        try:
+            if pictures is not None:
+                pictures.finish()
+        except (KeyboardInterrupt, Exception) as reason:  # what led to it is told first
+            stopped = stopped or reason
     return done, faults, stopped
 
 
@@ -163,14 +168,13 @@ def _progress(total: int) -> "Progress":
     return progress
 
 
-def _workers(many: bool) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores - 1)) if many else 0
-
-
 def _end(message: str, code: int) -> int:
     print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    _end(str(message), 0)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trust",
         action="store_true",
-        help="run code that the checkpoint names: only for files from where you would run a program, too",
+        help="run code that the checkpoint names, and follow its limit on an image's pixels: only for files "
+        "from where you would run a program, too",
     )
     return parser
 

@@ -15,16 +15,16 @@ from PIL import Image
 from resnext_backbones.errors import UsageError
 from tasks.checkpoint import replacing
 from tasks.classification import ClassificationTask
+from tasks.data.images import BACKGROUND, IGNORED
 from tasks.data.tree import suffix
-from tasks.drawing import class_colour
-from tasks.given_images import as_tensor
+from tasks.drawing import map_colour
 from tasks.image_arguments import Chosen
-from tasks.pictures import BACKGROUND, HATCH, IGNORED, save_jpeg, save_png
+from tasks.metrics.accuracy import BEST
+from tasks.pictures import HATCH, save_jpeg, save_png
 from tasks.predictions import ClassMap, ClassScores, Objects, Prediction
 from tasks.predictor import Predictor
 from tasks.segmentation import SemanticTask
 
-CSV_CLASSES = 5
 Write = Callable[[Any], None]
 
 
@@ -128,7 +128,7 @@ def _categories(predictor: Predictor) -> list[dict[str, Any]]:
 @contextmanager
 def _class_table(predictor: Predictor, folder: Path, chosen: Chosen) -> Iterator[Write]:
     """`predictions.csv`: an image a line, its most probable classes first."""
-    number = min(CSV_CLASSES, len(predictor.class_names))
+    number = min(BEST, len(predictor.class_names))
     others = [f"{column}_{rank}" for rank in range(2, number + 1) for column in ("prediction", "score")]
     with replacing(folder / "predictions.csv") as file:
 
@@ -149,7 +149,7 @@ def _class_table(predictor: Predictor, folder: Path, chosen: Chosen) -> Iterator
 def _class_maps(predictor: Predictor, folder: Path, chosen: Chosen) -> Iterator[Write]:
     """`classes/`: a PNG with a palette for each image; `classes.txt`: the names of its values, from 0."""
     names = predictor.class_names
-    palette = {k: (0, 0, 0) if name == BACKGROUND else class_colour(k + 1) for k, name in enumerate(names)}
+    palette = {k: (0, 0, 0) if name == BACKGROUND else map_colour(k, names) for k, name in enumerate(names)}
     palette[IGNORED] = HATCH
     flat = [value for k in range(256) for value in palette.get(k, (0, 0, 0))]
     files = chosen.own_names()
@@ -169,13 +169,12 @@ class Pictures:
 
     Args:
         folder: where the pictures come, in the images' folders; JPEG for JPEG, else PNG.
-        predictor: knows how images are read.
         score: of objects that are drawn.
         threads: how many; at least 1.
     """
 
-    def __init__(self, folder: Path, predictor: Predictor, score: float, threads: int) -> None:
-        self.folder, self.reading, self.score = folder, predictor.reading, score
+    def __init__(self, folder: Path, score: float, threads: int) -> None:
+        self.folder, self.score = folder, score
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads)
         self._waiting: deque[Future[None]] = deque()
@@ -191,13 +190,15 @@ class Pictures:
         self._waiting.append(self._pool.submit(self._write, found, file, self._names[found.index]))
 
     def finish(self) -> None:
-        """Waits for the last ones."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        self._pool.shutdown()
+        """Waits for the last ones; raises what went wrong with one, then those not begun are left out."""
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
     def _write(self, found: Prediction, file: str, name: str) -> None:
-        picture = found.draw(as_tensor(file, **self.reading), self.score)
+        picture = found.draw(file, self.score)
         jpeg = suffix(file) in (".jpg", ".jpeg")
         save = save_jpeg if jpeg else save_png
         save(picture, self.folder / f"{name}{'.jpg' if jpeg else '.png'}")

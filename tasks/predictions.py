@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from resnext_backbones.errors import UsageError
 from tasks.data.images import Size
+from tasks.data.keypoints import TO_CENTRE
 from tasks.given_images import Given, as_tensor
 from tasks.pictures import captioned, draw, draw_classes
 
@@ -18,16 +20,18 @@ class Prediction:
 
     index: its place among the images given, from 0. name: the file as given, "image 3" for what was no file.
     size: height and width, the image turned as its EXIF orientation says. class_names: of the K classes.
+    reading: how image files are read, `max_pixels` and `bit_depth` of `tasks.given_images.as_tensor`.
     """
 
     index: int
     name: str
     size: Size
     class_names: tuple[str, ...]
+    reading: dict[str, Any]
 
     def draw(self, image: Given, score: float = 0.0) -> Image.Image:
         """A picture of it on the image it was found in; of objects those that score at least `score`."""
-        pixels = as_tensor(image)
+        pixels = as_tensor(image, **self.reading)
         if tuple(pixels.shape[-2:]) != self.size:
             raise UsageError(f"{self.name}: draws on an image of {self.size}, not {tuple(pixels.shape[-2:])}")
         return self._drawn(pixels, score)
@@ -41,8 +45,8 @@ class Objects(Prediction):
     """Objects, the most certain first, in pixels of the image itself.
 
     boxes: float32 [N, 4], xyxy. scores: float32 [N], 0…1. labels: int64 [N], 1…K. rles: N run-length codes
-    of pycocotools, None without masks. keypoints: float32 [N, P, 3] (x, y, 1), None without them. edges:
-    pairs of keypoints, from 0, that are joined.
+    of pycocotools, None without masks. keypoints: float32 [N, P, 3] (x, y, 1; as in COCO's files, where whole
+    numbers are the centres of pixels), None without them. edges: pairs of keypoints, from 0, that are joined.
     """
 
     boxes: Tensor
@@ -79,7 +83,7 @@ class Objects(Prediction):
             self.class_names,
             shown.scores,
             masks=shown.rles,
-            keypoints=shown.keypoints,
+            keypoints=None if shown.keypoints is None else shown.keypoints + torch.tensor(TO_CENTRE),
             edges=self.edges,
         )
 

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -20,7 +21,7 @@ from tasks.data.class_transforms import PreparedClasses, collate_classes
 from tasks.data.images import MAX_PIXELS, Size
 from tasks.data.transforms import Prepared, collate
 from tasks.detection import DetectionTask
-from tasks.given_images import Given, Images, Readable, Together
+from tasks.given_images import Given, Images, Read, Readable, Together
 from tasks.predictions import ClassMap, ClassScores, Objects, Prediction
 from tasks.segmentation import SemanticTask
 
@@ -33,12 +34,15 @@ class Predictor:
     Args:
         task: with its record; moved to `device` and put into evaluation mode.
         device: where it computes.
-        precision: as the run had it, "32-true", "bf16-mixed" or "16-mixed".
+        precision: as the run had it, see `tasks.run.precision`.
+        trust: whether the record may lift the limit on an image's pixels (`MAX_PIXELS`).
 
     Raises UsageError if the task is none of ours, or its record does not say how images are prepared.
     """
 
-    def __init__(self, task: BaseTask, device: torch.device, precision: str | int) -> None:
+    def __init__(
+        self, task: BaseTask, device: torch.device, precision: str | int, trust: bool = False
+    ) -> None:
         if not isinstance(task, DetectionTask | SemanticTask | ClassificationTask):
             raise UsageError(f"{type(task).__name__} is no task that predictions are known of")
         self.task, self.device = task.to(device).eval(), device
@@ -49,10 +53,16 @@ class Predictor:
         self.skeleton: dict[str, Any] | None = task.record.get("skeleton")
         self.edges = tuple((int(a), int(b)) for a, b in (self.skeleton or {}).get("edges", ()))
         data = task.record["config"]["data"]
-        self.reading = {
-            "max_pixels": data.get("max_pixels") or MAX_PIXELS,
-            "bit_depth": data.get("bit_depth"),
-        }
+        most = recorded(data, "max_pixels", MAX_PIXELS)
+        if most > MAX_PIXELS and not trust:  # else a stranger's file would let decompression bombs in
+            warnings.warn(
+                f"the checkpoint's data.max_pixels={most} is not followed: images of more than {MAX_PIXELS} "
+                "pixels are refused. If you trust where it comes from, give trust=True (--trust)",
+                stacklevel=3,
+            )
+            most = MAX_PIXELS
+        self.reading = {"max_pixels": most, "bit_depth": data.get("bit_depth")}
+        self.worker_timeout = recorded(data, "worker_timeout", 300)
         self._data = data
         self.prepared([])  # a fault in the record shows now
 
@@ -76,7 +86,8 @@ class Predictor:
             progress: whether a bar on stderr shows how far it is.
 
         Raises:
-            UsageError: an image cannot be read, or is none; it is named.
+            UsageError: an image cannot be read, or is none; it is named. A worker died, or was silent for the
+                run's `data.worker_timeout` seconds.
         """
         given = [images] if isinstance(images, Given) else list(images)
         found = self.iterate(given, batch_size, score=score, workers=workers)
@@ -138,15 +149,17 @@ class Predictor:
         on_fault: Callable[[int, str], None] | None,
     ) -> Iterator[Prediction]:
         collate_fn = collate_classes if isinstance(self.task, ClassificationTask) else collate
+        workers = min(workers, -(-len(images) // batch_size))
         loader = DataLoader(
             Readable(self.prepared(images)),
             batch_size,
             collate_fn=Together(collate_fn),
-            num_workers=min(workers, -(-len(images) // batch_size)),
+            num_workers=workers,
+            timeout=self.worker_timeout if workers else 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_ctrl_c,
         )
-        for read in loader:
+        for read in loaded(loader):
             for place, reason in read.faults:
                 if on_fault is None:
                     raise UsageError(reason)
@@ -179,6 +192,7 @@ class Predictor:
             "name": name,
             "size": size,
             "class_names": self.class_names,
+            "reading": self.reading,
         }
         if isinstance(self.task, SemanticTask):
             return ClassMap(**about, classes=own_copy(found))
@@ -194,6 +208,32 @@ class Predictor:
             edges=self.edges,
         )
         return objects.at_least(score) if score > 0 else objects
+
+
+def recorded(data: Mapping[str, Any], key: str, default: int) -> int:
+    """A whole number of a run's data configuration; older runs lack some."""
+    value = data.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or value < 0:
+        raise UsageError(
+            f"the checkpoint's data.{key}={value}: no whole number; the file is damaged or was changed"
+        )
+    return value
+
+
+def loaded(loader: DataLoader) -> Iterator[Read]:
+    """What a loader gives; a worker that died or is silent is a mistake that can be mended."""
+    try:
+        yield from loader
+    except RuntimeError as fault:
+        if not str(fault).startswith("DataLoader"):
+            raise
+        reason = str(fault).splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"images cannot be read, {reason}: take fewer workers (their memory may be short), or 0 to see "
+            "which image it is"
+        ) from fault
 
 
 def _ignore_ctrl_c(worker: int) -> None:

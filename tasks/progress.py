@@ -54,7 +54,8 @@ class ProgressBar(LightningProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = int(trainer.num_training_batches * (trainer.max_epochs or 1))
         if trainer.max_steps != -1:
-            total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+            steps = trainer.max_steps * trainer.accumulate_grad_batches
+            total = steps if total < 0 else min(total, steps)
         done = trainer.fit_loop.total_batch_idx + 1
         self._open(total, done)
 
@@ -64,12 +65,18 @@ class ProgressBar(LightningProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not self._enabled:
+            return
         current = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
         for name, value in current.items():
             old = self._losses.get(name, float(value))
             self._losses[name] = old + (float(value) - old) / min(50, batch_idx + 1)
-        text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._describe(trainer)}"
-        self._advance(text)
+        self._advance(f"{self._epoch(trainer)}  {self._describe(trainer)}")
+
+    @staticmethod
+    def _epoch(trainer: Trainer) -> str:
+        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        return f"epoch {trainer.current_epoch + 1}{last}"
 
     def _describe(self, trainer: Trainer) -> str:
         parts = [
@@ -82,8 +89,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled:
             seconds = time.monotonic() - self._began
-            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self._print(f"{epoch}  {self._describe(trainer)}  {seconds:.0f} s")
+            self._print(f"{self._epoch(trainer)}  {self._describe(trainer)}  {seconds:.0f} s")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

@@ -1,6 +1,7 @@
 """One run: what its configuration names is built, its stages follow one another, its results are kept."""
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ from tasks.provenance import git_state, plain, versions, without_secrets, write_
 from tasks.wandb_run import WandbLogger, wandb_logger
 
 STAGES = ("check", "fit", "validate", "test")
+MOST_ROWS = 40  # of classes in the table at the end
 HAND_OVER = ("weights", "freeze_at", "freeze_norms")  # of `backbone`, what is not an argument of the body
 console = Console(highlight=False, soft_wrap=True)
 
@@ -230,7 +232,7 @@ def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> 
     wandb = wandb_logger(
         **cfg.logger.wandb,
         run_id=cfg.run_id,
-        name=f"{summary['task']}-{summary['backbone']}-{cfg.seed}",
+        name=f"{summary['model']}-{summary['backbone']}-{cfg.seed}",
         folder=folder,
         job_type=summary["task"],
         config=without_secrets(config),
@@ -247,8 +249,11 @@ def end_tracking(loggers: Sequence[Logger], failed: bool) -> None:
 
 def precision(asked: str | int, accelerator: str) -> str | int:
     """`auto` becomes bf16-mixed where the accelerator computes in bfloat16, 32-true elsewhere."""
+    asked = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(str(asked), asked)
     if str(asked).endswith("-true") and not str(asked).startswith(("32", "64")):
-        raise UsageError(f"trainer.precision={asked}: boxes need float32; give bf16-mixed or 32-true")
+        raise UsageError(
+            f"trainer.precision={asked}: losses and boxes need float32; give bf16-mixed or 32-true"
+        )
     if asked != "auto":
         return asked
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -278,7 +283,7 @@ def validate(
         task, data, ckpt_path=judged(cfg, trainer), weights_only=True, verbose=False
     )
     keep(task, folder, "val")
-    return dict(numbers)
+    return dict(numbers) | {k: v for k, v in task.numbers.items() if k.startswith("val/")}
 
 
 def test(
@@ -289,7 +294,7 @@ def test(
     checkpoint = judged(cfg, trainer)
     (numbers,) = trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     keep(task, folder, "test")
-    return dict(numbers)
+    return dict(numbers) | {k: v for k, v in task.numbers.items() if k.startswith("test/")}
 
 
 def keep(task: BaseTask, folder: Path, split: str) -> None:
@@ -322,7 +327,13 @@ def table(results: Mapping[str, float]) -> Table:
     splits = [s for s in ("val", "test") if any(k.startswith(f"{s}/") for k in results)]
     out = Table("metric", *splits)
     names = dict.fromkeys(k.partition("/")[2] for k in results if k.partition("/")[0] in splits)
-    for name in sorted(names, key=lambda name: "/" in name):  # stable
+    of_classes = [name for name in names if "/" in name]
+    if len(of_classes) > MOST_ROWS:  # the worst and the best of the last split
+        of_classes.sort(key=lambda name: results.get(f"{splits[-1]}/{name}", math.nan))
+        left_out = len(of_classes) - MOST_ROWS
+        of_classes = [*of_classes[: MOST_ROWS // 2], *of_classes[-MOST_ROWS // 2 :]]
+        out.caption = f"{left_out} classes between the worst and the best are in summary.json"
+    for name in [*(name for name in names if "/" not in name), *of_classes]:
         kind, _, of = name.partition("/")
         text = Text(f"{kind} of {of}" if of else kind)
         out.add_row(text, *(_cell(results.get(f"{split}/{name}")) for split in splits))

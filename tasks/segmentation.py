@@ -10,10 +10,13 @@ from torch import Tensor
 
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask, takes
+from tasks.data.alike import alike
 from tasks.data.images import IGNORED
 from tasks.data.transforms import DetectionBatch
 from tasks.metrics.iou import MeanIoU
 from tasks.pictures import draw_classes, side_by_side
+
+AT_ONCE = 16  # classes whose scores are brought to an image's full size together
 
 
 class SemanticTask(BaseTask):
@@ -39,18 +42,26 @@ class SemanticTask(BaseTask):
 
     def predict(self, batch: DetectionBatch) -> list[Tensor]:
         """The class of every pixel of each image as annotated, uint8 [H, W], 0…K - 1."""
-        return self._classes(batch, self.model(batch.images, batch.sizes))
+        found: dict[int, Tensor] = {}
+        for places, part in alike(batch):
+            found |= zip(places, self._classes(part, self.model(part.images, part.sizes)), strict=True)
+        return [found[i] for i in range(len(batch.image_ids))]
 
     def metric(self, split: str) -> MeanIoU:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return MeanIoU(self.names, image_ids=data.image_ids(split))
 
     def update(self, metric: Any, batch: DetectionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
-        logits = self.model(batch.images, batch.sizes)
-        found = self._classes(batch, logits)
-        metric.update(batch.image_ids.tolist(), found, [t["original_semantic"] for t in batch.targets])
-        loss = pixel_cross_entropy(logits, [t["semantic"] for t in batch.targets])
-        return found, {"loss_semantic": loss}
+        found: dict[int, Tensor] = {}
+        loss = torch.zeros((), device=batch.images.device)
+        for places, part in alike(batch):
+            logits = self.model(part.images, part.sizes)
+            found |= zip(places, self._classes(part, logits), strict=True)
+            of_part = pixel_cross_entropy(logits, [t["semantic"] for t in part.targets])
+            loss = loss + of_part * (len(places) / len(batch.image_ids))
+        in_order = [found[i] for i in range(len(batch.image_ids))]
+        metric.update(batch.image_ids.tolist(), in_order, [t["original_semantic"] for t in batch.targets])
+        return in_order, {"loss_semantic": loss}
 
     def picture(self, batch: DetectionBatch, i: int, found: Tensor, min_score: float) -> Image.Image:
         height, width = batch.sizes[i].tolist()
@@ -61,15 +72,21 @@ class SemanticTask(BaseTask):
 
     @staticmethod
     def _classes(batch: DetectionBatch, logits: Tensor) -> list[Tensor]:
-        """One image at a time, since the logits of many classes at full size are large."""
+        """One image and a few classes at a time: at full size the scores of all would fill the memory."""
         result = []
         for scores, (height, width), size in zip(
             logits, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True
         ):
-            seen = scores[None, :, :height, :width]
-            if [height, width] != size:
-                seen = F.interpolate(seen, size, mode="bilinear", align_corners=False)
-            result.append(seen[0].argmax(dim=0).to(torch.uint8))
+            best = scores.new_full(size, -torch.inf)
+            classes = torch.zeros(size, dtype=torch.uint8, device=scores.device)
+            for first in range(0, len(scores), AT_ONCE):
+                seen = scores[None, first : first + AT_ONCE, :height, :width]
+                if [height, width] != size:
+                    seen = F.interpolate(seen, size, mode="bilinear", align_corners=False)
+                highest, which = seen[0].max(dim=0)
+                classes = torch.where(highest > best, (which + first).to(torch.uint8), classes)
+                best = torch.maximum(best, highest)
+            result.append(classes)
         return result
 
 

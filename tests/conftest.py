@@ -1,7 +1,7 @@
 """Fixtures every test may use."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ torch.set_num_threads(1)  # small tensors: threads would only get into each othe
 
 ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT / "../shared/data")).resolve()
+
+
+def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """The cases of a parametrised test, all but the `quick` ones marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ KINDS = {
     "boxes": ["task=detection", *RCNN, "model.detections=20"],
     "masks": ["task=instance_segmentation", *RCNN, "model.detections=5", "model.mask_channels=16"],
     "keypoints": ["task=keypoints", *RCNN, "model.detections=5", "model.keypoint_channels=16"],
-    "one_stage": ["task=detection", "model=retinanet", *EVERY],
+    "one_stage": ["task=detection", "model=retinanet", "model.fpn_channels=64", "model.score_threshold=0"],
     "semantic": ["task=semantic_segmentation", "model.fpn_channels=32", "model.head_channels=64"],
     "classes": ["task=classification", "+data.crop_ratio=1.0", "+data.interpolation=bicubic"],
     "frozen": ["task=detection", *RCNN, "model.detections=20"],

@@ -51,7 +51,7 @@ TIMM = {
 }
 SLIM = {SWIN: {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}}
 SLOW = {"alexnet", "densenet121", "efficientnet_b0", "googlenet", "hrnet_w18_small", "regnet_y_400mf"}
-SLOW |= {"shufflenet_v2_x0_5", "twins_svt_small"}
+SLOW |= {"shufflenet_v2_x0_5", "twins_svt_small", "swin_t", "inception_v3", "mobilenet_v2"}
 BODIES = [
     pytest.param(
         *(kind, name, channels),
@@ -397,6 +397,13 @@ REFUSED: dict[str, tuple[Kind, Any, dict[str, Any], str]] = {
     "timm: no stride 4": (TimmBody, "efficientvit_m0", {}, r"no map of stride 4, 8 \(it has 16, 32, 64\)"),
     "timm: one size": (TimmBody, "vit_tiny_patch16_224", {}, "256×320 px, .*doesn't match model"),
     "timm: misspelt": (TimmBody, "convnxt_atto", {}, "'convnxt_atto'; its nearest are convnext_atto,"),
+    "torchvision: dilated": (
+        TorchvisionBody,
+        "resnet18",
+        {"output_stride": 8},
+        "not dilate.*Semantic FPN",
+    ),
+    "timm: dilated": (TimmBody, "resnet18", {"output_stride": 8}, "not dilate.*Semantic FPN"),
     "timm: no tag": (TimmBody, "resnet18.nobody", {}, "resnet18.nobody cannot be built .*nobody"),
     "timm: elsewhere": (TimmBody, "hf-hub:timm/resnet18", {}, "timm has no network 'hf-hub:timm/resnet18'"),
     "timm: no name": (TimmBody, None, {}, "timm has no network None"),

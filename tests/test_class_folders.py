@@ -1,7 +1,10 @@
 """Folders of classes: which files are found, which label each gets, and what is refused."""
 
+import gc
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,12 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from resnext_backbones.errors import UsageError
+from tasks.data import images
 from tasks.data.check import check_dataset, start_report
-from tasks.data.class_folders import ClassFolders, ClassImages, read_class_folders
+from tasks.data.class_folders import ClassFolders, read_class_folders
+from tasks.data.class_transforms import PreparedClasses
+from tasks.data.folder_data import ClassFolderData
+from tasks.data.folder_images import ClassImages
 
 HEIGHT, WIDTH = 24, 40
 
@@ -260,6 +267,25 @@ def test_real_jpegs_are_reduced_but_keep_their_size_on_record(real_data: Path) -
     assert image.shape[-1] < whole.shape[-1]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sample_opens_its_file_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """Once for the header, by which the crop is chosen, and once to decode as much as the crop needs."""
+    put(tmp_path, "train/a/1.jpg")
+    folders, opened = read_class_folders(tmp_path, "train"), []
+
+    def counting(path: Path, *args: Any) -> Any:
+        opened.append(path)
+        return original(path, *args)
+
+    original = images._open
+    monkeypatch.setattr(images, "_open", counting)
+    _, target = PreparedClasses(ClassImages(folders, "train"), 8, training=training)[0]
+    assert opened == [tmp_path / "train/a/1.jpg"] * 2
+    assert target["original_size"] == (HEIGHT, WIDTH)
+
+
 def test_an_image_that_cannot_be_read_is_named_with_its_split(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png")
     (tmp_path / "train/a/1.png").write_bytes(b"<html>")
@@ -293,3 +319,33 @@ def test_the_check_decodes_all_and_counts_the_classes(tmp_path: Path) -> None:
 def test_a_real_dataset_passes(real_data: Path, tmp_path: Path) -> None:
     folders = read_class_folders(real_data / "clothing", "val")
     assert check_dataset({"val": ClassImages(folders, "val")}, tmp_path, workers=2).ok
+
+
+# The datamodule.
+
+
+def test_rare_classes_are_shown_more_often(tmp_path: Path) -> None:
+    """arXiv 1908.03195, section 3.1: sqrt(t / f) of a class on the share f < t of the images, else 1."""
+    put(tmp_path, *(f"{split}/a/{k}.png" for split in ("train", "val") for k in range(9)))
+    put(tmp_path, "train/b/1.png", "val/b/1.png")
+    assert ClassFolderData(str(tmp_path), batch_size=1, num_workers=0).train_batches(1) == 10
+    data = ClassFolderData(str(tmp_path), repeat_threshold=0.4, batch_size=1, num_workers=0)
+    assert data.train_batches(1) == 11  # 9 of class a, and 2 = sqrt(0.4 / 0.1) of class b
+    assert sorted(index for _, _, index in data.train_sampler(0, 1)) == [*range(9), 9, 9]
+    both = ClassFolderData(str(tmp_path), repeat_threshold=0.4, repeats=2, batch_size=2, num_workers=0)
+    assert both.train_batches(1) == 6
+    with pytest.raises(UsageError, match=r"data\.repeat_threshold=2"):
+        ClassFolderData(str(tmp_path), repeat_threshold=2, num_workers=0).train_batches(1)
+
+
+def test_datamodules_do_not_outlive_their_run(tmp_path: Path) -> None:
+    """A sweep has hundreds of them."""
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    data = ClassFolderData(str(tmp_path), num_workers=0)
+    data.setup("fit")
+    assert data.state_dict() == data.state_dict()
+    assert data.annotations("train") is data.annotations("train")
+    gone = weakref.ref(data)
+    del data
+    gc.collect()
+    assert gone() is None

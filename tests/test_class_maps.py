@@ -80,7 +80,7 @@ def test_the_area_of_the_file_counts_and_without_it_the_box(tmp_path: Path) -> N
     assert (painted(tmp_path, without)[5:15, 5:15] == 2).all()
 
 
-def test_what_cannot_be_drawn_is_not_painted(tmp_path: Path) -> None:
+def test_of_what_cannot_be_drawn_the_box_is_ignored(tmp_path: Path) -> None:
     wrong: list[Any] = [
         None,
         [],
@@ -91,7 +91,8 @@ def test_what_cannot_be_drawn_is_not_painted(tmp_path: Path) -> None:
     ]
     faulty = [annotation(k, category_id=2, segmentation=s) for k, s in enumerate(wrong, start=2)]
     found = painted(tmp_path, [annotation(1, category_id=2), *faulty, rectangle(50, 9, 0, 0, 5, 5)])
-    assert found.sum() == 2 * 25
+    assert (found == 255).sum() == 20 * 10  # the box of `annotation`, the same for all
+    assert (found == 2).sum() == 25
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])

@@ -240,8 +240,8 @@ def test_batches_do_not_depend_on_workers():
     there = batches(2)
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a.images, b.images)
-        assert not torch.equal(a.images[0], a.images[1])  # two copies of one image
-        assert a.image_ids[0] == a.image_ids[1]
+        assert not torch.equal(a.images[0], a.images[2])  # two copies of one image
+        assert a.image_ids[0] == a.image_ids[2]
         assert (a.labels == (a.image_ids - 10) % 3).all()
     assert isinstance(here[0], ClassBatch)
     assert here[0].images.shape == (4, 3, 24, 24)
@@ -268,6 +268,20 @@ def test_mixup_adds_images_and_labels_with_the_same_weights():
     expected = weight * labels + others * labels.roll(1)
     assert torch.allclose(images.mean(dim=(1, 2, 3)), expected, atol=1e-4)
     assert torch.allclose(images.std(dim=(1, 2, 3)), torch.zeros(8), atol=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_repeated_images_are_mixed_with_others(repeats, world):
+    """A batch as the sampler deals it, each image its own class: mixed with itself it would have one only."""
+    for rank in range(world):
+        images = [i for _, _, i in TrainSampler(30, 12, 0, rank, world, repeats=repeats)][:12]
+        labels = torch.tensor(images)
+        for mixing in (Mix(1.0, 0.0, 30), Mix(0.0, 1.0, 30)):
+            torch.manual_seed(1)
+            mixed, soft = mixing(labels.float()[:, None, None, None].expand(12, 3, 32, 32).clone(), labels)
+            assert ((soft > 0).sum(dim=1) == 2).all()
+            assert not torch.equal(mixed.mean(dim=(1, 2, 3)), labels.float())
 
 
 def test_cutmix_labels_are_the_shares_of_the_area():

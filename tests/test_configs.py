@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import mostly_slow
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -34,14 +35,19 @@ def built(*overrides):
         )
 
 
-@pytest.mark.parametrize("backbone", [b for b in options("backbone") if b != "custom"])
+@pytest.mark.parametrize(
+    "backbone",
+    mostly_slow([b for b in options("backbone") if b != "custom"], "resnext26_32x4d", "resnext29_8x64d"),
+)
 def test_every_backbone_builds(backbone):
     built("task=classification", f"backbone={backbone}")
     if not backbone.startswith("resnext29"):  # CIFAR's have three levels, for small images
         built("task=detection", f"backbone={backbone}")
 
 
-@pytest.mark.parametrize("backbone", ["resnext50_32x4d", "resnet18", "torchvision", "timm"])
+@pytest.mark.parametrize(
+    "backbone", mostly_slow(["resnext50_32x4d", "resnet18", "torchvision", "timm"], "resnet18")
+)
 @pytest.mark.parametrize("task", options("task"))
 def test_every_task_builds(task, backbone):
     assert built(f"task={task}", f"backbone={backbone}").model is not None

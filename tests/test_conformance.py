@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from torch import Tensor, nn
 
 from resnext_backbones import VARIANTS, Backbone, FeatureSpec, ResNeXt, UsageError, check_backbone, convert
@@ -493,7 +494,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", mostly_slow(VARIANTS, "resnet18", "resnext50_32x4d", "resnext29_32x4d"))
 def test_every_variant(name: str, shallow: Callable[..., ResNeXt]) -> None:
     check_backbone(shallow(name), sizes=CIFAR if name.startswith("resnext29") else IMAGENET)
 

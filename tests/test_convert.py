@@ -12,8 +12,10 @@ from hotcoco import COCO
 from PIL import Image
 
 from resnext_backbones.errors import UsageError
+from tasks.data import converted_data
 from tasks.data.coco import read_coco
 from tasks.data.convert import Converted, convert_voc, convert_yolo
+from tasks.data.converted_data import VocData, YoloData
 from tasks.data.images import decode
 
 HEIGHT, WIDTH = 80, 100
@@ -428,7 +430,10 @@ def test_it_is_made_anew_only_when_a_source_changed(yolo: Path) -> None:
     assert len(document(convert_yolo(yolo, "train"))["images"]) == 2
     image(yolo / "images/train/b.jpg", (2 * WIDTH, HEIGHT))
     assert document(convert_yolo(yolo, "train"))["images"][0]["width"] == 2 * WIDTH
+    last = convert_yolo(yolo, "train")
     assert (first.annotations.stat().st_mtime_ns, first.annotations.read_bytes()) == before
+    assert last.text.splitlines()[-1] == "  kept 3 files beside it, made of the same split in another state"
+    assert "beside it" not in convert_yolo(yolo, "val").text
 
 
 def test_voc_is_made_anew_too(kit: Path) -> None:
@@ -450,7 +455,9 @@ def test_a_file_of_somebody_else_is_not_touched(yolo: Path) -> None:
 
 def test_what_cannot_be_written_beside_the_data_goes_to_the_cache(yolo: Path, tmp_path: Path) -> None:
     text(yolo / "annotations", "a file where the folder should be")
-    with pytest.raises(UsageError, match=r"cannot be written .*make the folder writable"):
+    with pytest.raises(
+        UsageError, match=r"cannot be written .*make the folder writable, .*data\.cache=FOLDER"
+    ):
         convert_yolo(yolo, "train")
     converted = convert_yolo(yolo, "train", cache=tmp_path / "cache")
     assert converted.annotations.is_relative_to(tmp_path / "cache")
@@ -480,6 +487,50 @@ def test_two_processes_at_once_end_with_one_whole_file(yolo: Path) -> None:
     converted = convert_yolo(yolo, "train")
     assert list((yolo / "annotations").iterdir()) == [converted.annotations]
     assert len(document(converted)["images"]) == 303
+
+
+# The datamodules.
+
+
+def test_a_run_converts_each_split_once_and_says_so_once(
+    yolo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning prepares the data anew for every stage, while files may be edited."""
+    asked = []
+    monkeypatch.setattr(
+        converted_data, "convert_yolo", lambda *a, **k: asked.append(a[1]) or convert_yolo(*a, **k)
+    )
+    data = YoloData(str(yolo), num_workers=0)
+    data.prepare_data()
+    before = data.annotation_file("val")
+    text(yolo / "labels/val/d.txt", "")
+    data.prepare_data()
+    data.setup("fit")
+    data.prepare_data()
+    assert asked == ["train", "val"]
+    assert capsys.readouterr().out.count("as a COCO file") == 2
+    assert data.annotation_file("val") == before == data.annotations("val").path
+    assert len(data.annotations("val").ids) == 1
+
+
+def test_a_process_that_has_not_prepared_the_data_finds_them(
+    yolo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = YoloData(str(yolo), num_workers=0)
+    first.prepare_data()
+    capsys.readouterr()
+    monkeypatch.setattr(converted_data.rank_zero_only, "rank", 1)
+    second = YoloData(str(yolo), num_workers=0)
+    assert second.paths("train") == first.paths("train")
+    assert capsys.readouterr().out == ""
+
+
+def test_images_that_are_measured_have_a_limit(yolo: Path, kit: Path) -> None:
+    with pytest.raises(UsageError, match=r"more than 99 pixels.*data\.max_pixels"):
+        YoloData(str(yolo), max_pixels=99, num_workers=0).prepare_data()
+    text(kit / "Annotations/b.xml", xml(size=""))
+    with pytest.raises(UsageError, match=r"b\.jpg: .*more than 99 pixels"):
+        VocData(str(kit), max_pixels=99, num_workers=0).prepare_data()
 
 
 # Round trips of real data through hotcoco's exporters.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_files import annotation, coco, image
+from coco_files import HEIGHT, WIDTH, annotation, coco, image
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -121,7 +122,7 @@ def test_a_share_is_held_out(tmp_path: Path, source: Any) -> None:
 @every_source
 def test_the_share_depends_on_the_seed_alone(tmp_path: Path, source: Any) -> None:
     root = tmp_path / "data"
-    first, again, other = (source(root, seed=seed)[1]("val") for seed in (0, 0, 1))
+    first, again, other = (source(root, split_seed=seed)[1]("val") for seed in (0, 0, 1))
     assert first == again
     assert first != other
     smaller = source(root, fraction=0.5)  # of what is trained on
@@ -545,3 +546,82 @@ def test_the_embedded_data_is_what_the_task_wants(tiny_shapes: list[str]) -> Non
         assert data.target == target
         assert len(data.names) == names
         assert target == "label" or len(data.image_ids("test")) == 5
+
+
+def listed_twice() -> dict[str, Any]:
+    """Twenty pictures, each under two image ids."""
+    images = [image(k, f"{k % 20}.png") for k in range(40)]
+    return coco([annotation(k + 1, image_id=k) for k in range(40)], images)
+
+
+def test_a_picture_that_is_listed_twice_is_on_one_side_only(tmp_path: Path) -> None:
+    root = coco_root(tmp_path, train=listed_twice())
+    data = CocoData(str(root), "train", None, val_fraction=0.25)
+    sides = [
+        {data.annotations(split).file_name(k) for k in range(len(data.annotations(split)))}
+        for split in ("train", "val")
+    ]
+    assert [len(side) for side in sides] == [15, 5]
+    assert not sides[0] & sides[1]
+
+
+def test_the_run_s_seed_does_not_choose_the_images_that_are_judged(tmp_path: Path) -> None:
+    seeds = ((0, 0), (1, 0), (0, 1))
+    judged = [one_file(tmp_path, seed=s, split_seed=t).image_ids("val") for s, t in seeds]
+    assert judged[0] == judged[1] != judged[2]
+
+
+def test_negatives_may_be_left_out_of_training(tmp_path: Path) -> None:
+    document = coco([annotation(1, image_id=1)], [image(1), image(2)])
+    root = coco_root(tmp_path, train=document, val=document)
+    assert len(CocoData(str(root), "train", "val").annotations("train")) == 2
+    data = CocoData(str(root), "train", "val", keep_negatives=False)
+    assert data.image_ids("train") == [1]
+    assert data.image_ids("val") == [1, 2]
+    assert "left out 1 image: image without what is learned (id 2)" in data.report()
+
+
+def test_people_without_a_labelled_keypoint_are_no_examples_of_keypoints(tmp_path: Path) -> None:
+    points = {"keypoints": ["nose"], "sigmas": [0.1]}
+    document = coco(
+        [annotation(1, image_id=1, keypoints=[5, 5, 2]), annotation(2, image_id=2, keypoints=[0, 0, 0])],
+        [image(1), image(2)],
+        [{"id": 1, "name": "person"} | points],
+    )
+    root = coco_root(tmp_path, train=document, val=document)
+    data = CocoData(str(root), "train", "val", target="keypoints", keep_negatives=False)
+    assert data.image_ids("train") == [1]
+
+
+def test_faults_of_the_file_do_not_weigh_more_on_a_part_of_it(tmp_path: Path) -> None:
+    """Eight of a thousand annotations name no image: less than a percent, whatever share is trained on."""
+    document = many(1000)
+    document["annotations"] += [annotation(10**6 + k, image_id=10**6) for k in range(8)]
+    root = coco_root(tmp_path, train=document, val=many(2))
+    assert len(CocoData(str(root), "train", "val", fraction=0.1).annotations("train")) == 100
+
+
+def test_boxes_alone_make_no_class_maps(tmp_path: Path) -> None:
+    root = coco_root(tmp_path, train=many(), val=many())
+    with pytest.raises(UsageError, match=r"100\.0%.*without a segmentation.*data\.max_drop_fraction"):
+        CocoData(str(root), "train", "val", target="semantic").setup("fit")
+
+
+def test_class_maps_that_are_not_there_are_missed_at_the_start(tmp_path: Path) -> None:
+    root = coco_root(tmp_path, train=many(3))
+    where = {"annotations": "annotations/instances_train.json", "images": "train", "semantic": "maps"}
+    data = CocoData(str(root), where, where, target="semantic")
+    (root / "maps").mkdir()
+    with pytest.raises(UsageError, match=r"maps.*\.png"):
+        data.setup("fit")
+
+
+def test_only_boxes_lost_at_every_scale_are_called_lost(tmp_path: Path) -> None:
+    document = coco([annotation(1, bbox=(5, 5, 2, 2))])
+    root = coco_root(tmp_path, train=document, val=document)
+    settings = {"image_size": (HEIGHT, WIDTH), "jitter": (0.1, 2.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CocoData(str(root), "train", "val", **settings).prepared("train")
+    with pytest.warns(UserWarning, match="1 boxes have a side of less than 1 pixel"):
+        CocoData(str(root), "train", "val", image_size=(4, 6)).prepared("train")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnext_backbones import freeze_norms, resnet18, resnet50
+from resnext_backbones import UsageError, freeze_norms, resnet18, resnet50, resnext29_8x64d
 from tasks.models.evaluation import SEED
 from tasks.models.one_stage import fcos, retinanet
 from tasks.models.rcnn import faster_rcnn, keypoint_rcnn, mask_rcnn
@@ -169,6 +169,12 @@ def test_results_are_float32_under_autocast(name):
         key: loss.dtype for key, loss in losses.items()
     }
     assert set(floats.values()) == {torch.float32}, floats
+
+
+@every_detector
+def test_bodies_for_cifars_small_images_are_refused(name):
+    with torch.device("meta"), pytest.raises(UsageError, match=r"needs maps of stride 4 or more.* CIFAR"):
+        BUILDERS[name](resnext29_8x64d(), 3)
 
 
 @pytest.mark.parametrize(

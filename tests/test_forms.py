@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import mostly_slow
 from torch import Tensor, nn
 
 from resnext_backbones import (
@@ -94,7 +95,7 @@ WIDTHS = [
 ]
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("name", mostly_slow(WIDTHS, "resnet18", "resnext50_32x4d", "resnext29_8x64d"))
 def test_every_width(name: str, shallow: Callable[..., ResNeXt]) -> None:
     torch.manual_seed(0)
     check_all_conversions(lived(shallow(name)), images_for(name))
@@ -130,7 +131,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", mostly_slow(OPTIONS, "dilated", "frozen norms", "group norms"))
 def test_every_option(option: str) -> None:
     torch.manual_seed(0)
     net = ResNeXt((1, 2, 1, 1), 4, 4, **OPTIONS[option])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from resnext_backbones.errors import UsageError
-from tasks.data.images import decode
+from tasks.data.images import decode, image_size
 
 HEIGHT, WIDTH = 24, 40
 
@@ -114,11 +114,12 @@ def oriented(path: Path, orientation: int, picture: Image.Image | None = None) -
     return saved(path, picture or gradient(), exif=exif)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff"])  # Pillow turns TIFFs by itself
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_only_where_that_makes_it_fit_its_annotations(
-    tmp_path: Path, orientation: int
+    tmp_path: Path, orientation: int, suffix: str
 ) -> None:
-    path = oriented(tmp_path / "a.png", orientation)
+    path = oriented(tmp_path / f"a.{suffix}", orientation)
     stored = np.array(gradient())
     with Image.open(path) as picture:
         turned = np.array(ImageOps.exif_transpose(picture))
@@ -126,6 +127,7 @@ def test_an_image_is_turned_only_where_that_makes_it_fit_its_annotations(
     np.testing.assert_array_equal(as_stored.permute(1, 2, 0).numpy(), stored)
     as_shown = decode(path)
     np.testing.assert_array_equal(as_shown.permute(1, 2, 0).numpy(), turned)
+    assert image_size(path) == as_shown.shape[-2:]
     if orientation < 5:
         with pytest.raises(
             UsageError, match=f"24×40 .EXIF orientation {orientation}., its annotations 40×24"

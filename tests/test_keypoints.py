@@ -1,18 +1,25 @@
 """Keypoints: the skeleton from file and configuration, and poses that stay with their objects."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from coco_files import annotation, coco, image, write
+from PIL import Image
 from pycocotools.cocoeval import Params
 
 from resnext_backbones.errors import UsageError
 from tasks.data.coco import CocoAnnotations, CocoDataset, part_of, read_coco
 from tasks.data.keypoints import COCO_NAMES, Skeleton, poses, skeleton_of
 from tasks.data.samplers import holdout
+from tasks.data.shapes import write_shapes
+from tasks.data.shapes_draw import scene
+from tasks.data.transforms import HorizontalFlip, Prepared
+from tasks.predictions import Objects
 
 FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "nose"]}
 SIGMAS = [0.025, 0.025, 0.026]
@@ -50,12 +57,20 @@ def test_the_categories_describe_it(tmp_path: Path) -> None:
 def test_the_configuration_completes_and_overrules_them(tmp_path: Path) -> None:
     bare = {"id": 1, "name": "face"}
     said = {"names": ["a", "b", "c"], "skeleton": [[3, 1]], "flip_pairs": [[2, 3]], "sigmas": [1, 2, 3]}
-    expected = Skeleton(("a", "b", "c"), ((2, 0),), (0, 2, 1), (1.0, 2.0, 3.0))
+    expected = Skeleton(("a", "b", "c"), ((2, 0),), (0, 2, 1), (1.0, 2.0, 3.0), "given")
     assert skeleton(tmp_path, bare, **said) == expected
     described = {**FACE, "skeleton": [[1, 2]], "flip_pairs": [[1, 2]], "sigmas": SIGMAS}
     assert skeleton(tmp_path, described, **said) == expected
     assert skeleton(tmp_path, described, skeleton=[], names=None).edges == ()
     assert skeleton(tmp_path, described, flip_pairs=[]).mirror == (0, 1, 2)
+
+
+def test_no_pairs_at_all_can_be_said_in_either_place(tmp_path: Path) -> None:
+    sided = {**FACE, "sigmas": SIGMAS}
+    for found in (skeleton(tmp_path, sided, flip_pairs=[]), skeleton(tmp_path, {**sided, "flip_pairs": []})):
+        assert (found.mirror, found.mirrored_by) == ((0, 1, 2), "given")
+    for found in (skeleton(tmp_path, sided, flip_pairs=None), skeleton(tmp_path, sided)):
+        assert (found.mirror, found.mirrored_by) == ((1, 0, 2), "names")
 
 
 @pytest.mark.parametrize(
@@ -66,11 +81,27 @@ def test_the_configuration_completes_and_overrules_them(tmp_path: Path) -> None:
         (["eyeLeft", "eyeRight"], [1, 0]),
         (["left_eye", "right_ear"], [0, 1]),  # no twins
         (["cleft", "left", "bright"], [0, 1, 2]),
+        (["l_eye", "r_eye", "nose"], [1, 0, 2]),
+        (["eye_l", "nose", "eye_r"], [2, 1, 0]),
+        (["eye.R", "eye.L"], [1, 0]),  # Blender
+        (["L-eye", "R-eye"], [1, 0]),
+        (["l eye", "r eye"], [1, 0]),
+        (["LEye", "REye", "Nose"], [1, 0, 2]),  # OpenPose
+        (["eyeL", "eyeR"], [1, 0]),
+        (["lEye", "rEye"], [1, 0]),
+        (["L1", "R1", "L2", "R2"], [1, 0, 3, 2]),
+        (["LEFT_EYE", "RIGHT_EYE"], [1, 0]),
+        (["left eye", "right eye"], [1, 0]),
+        (["nose_l_upper", "nose_r_upper", "nose_r_lower"], [1, 0, 2]),
+        (["tail", "tair", "lamp", "ramp"], [0, 1, 2, 3]),  # an l within a word is none
+        (["LAMP", "RAMP"], [0, 1]),
     ],
 )
 def test_left_and_right_are_told_by_name(tmp_path: Path, names: list[str], mirror: list[int]) -> None:
     category = {"id": 1, "name": "x", "keypoints": names, "sigmas": [0.1] * len(names)}
-    assert skeleton(tmp_path, category).mirror == tuple(mirror)
+    found = skeleton(tmp_path, category)
+    assert found.mirror == tuple(mirror)
+    assert found.mirrored_by == ("names" if mirror != sorted(mirror) else "nothing")
 
 
 def test_a_mirror_undoes_itself(tmp_path: Path) -> None:
@@ -160,9 +191,10 @@ def test_poses_are_read_and_missing_ones_are_zero(tmp_path: Path) -> None:
     rows = poses(read(tmp_path, annotations=annotations), 3)
     assert rows.dtype == torch.float32
     assert rows.shape == (5, 3, 3)
-    assert rows[0].tolist() == [[3, 4, 2], [50.5, 6, 1], [0, 0, 0]]
+    assert rows[0].tolist() == [[3.5, 4.5, 2], [51, 6.5, 1], [0, 0, 0]]  # from pixels to their centres
     assert not rows[1:4].any()
-    torch.testing.assert_close(rows[4, :, :2], rows[0, :, :2] + 1e-3)
+    torch.testing.assert_close(rows[4, :2, :2], rows[0, :2, :2] + 1e-3)
+    assert not rows[4, 2].any()  # places without a label
 
 
 @pytest.mark.parametrize(
@@ -210,6 +242,74 @@ def test_wrong_poses_are_counted_and_twenty_are_named(tmp_path: Path) -> None:
     assert "… and 10 more" in str(caught.value)
 
 
+# Where a keypoint lies.
+
+
+def test_a_mirrored_keypoint_stays_on_its_pixel(tmp_path: Path) -> None:
+    """A white pixel, the fifth of the eighth row, with a keypoint on it, as the file counts: x 4, y 7."""
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[7, 4] = 255
+    posed = annotation(1, [2, 2, 20, 20], keypoints=[4, 7, 2, 0, 0, 0, 0, 0, 0])
+    file = write(tmp_path, coco([posed], categories=[FACE]))
+    Image.fromarray(pixels).save(next(file[1].iterdir()))
+    annotations = read_coco(*file)
+    given = skeleton_of(annotations, {"sigmas": SIGMAS, "flip_pairs": []})
+    dataset = CocoDataset(annotations, "x", training=True, target="keypoints", skeleton=given)
+    for flip in (0.0, 1.0):
+        prepared = Prepared(dataset, (40, 60), augment=[HorizontalFlip(flip)], training=True, posed=True)
+        image, target = prepared[0]
+        x, y, visibility = target["keypoints"][0, 0].tolist()
+        assert visibility == 2
+        ((row, column),) = image[0].nonzero().tolist()
+        assert (x, y) == (column + 0.5, row + 0.5)
+
+
+def test_the_shapes_keypoints_come_back_as_they_were_drawn(tmp_path: Path) -> None:
+    """Of the outlines themselves, in continuous coordinates, to the tenth of a pixel that is written."""
+    counts = {"train": 25, "val": 1, "test": 1}
+    root = write_shapes(tmp_path / "shapes", seed=5, image_size=64, **counts)
+    annotations = read_coco(root / "annotations/instances_train.json", root / "train")
+    rows = poses(annotations, 5)
+    drawn = [shape for k in range(counts["train"]) for shape in scene(5, "train", k, 64).shapes]
+    edge = 0
+    assert len(drawn) == len(rows) > 30
+    for shape, row in zip(drawn, rows, strict=True):
+        if shape.crowd:
+            assert not row.any()
+            continue
+        x, y = shape.loops[0].T
+        extremes = [shape.loops[0][k] for k in (y.argmin(), x.argmax(), y.argmax(), x.argmin())]
+        for expected, (*found, visibility) in zip([*extremes, shape.centre], row.tolist(), strict=True):
+            if visibility:
+                assert found == pytest.approx(np.maximum(expected, 0.5), abs=0.0501)
+                edge += min(expected) < 0.4
+    assert edge > 0
+    text = json.loads((root / "annotations/instances_train.json").read_text())
+    assert min(v for a in text["annotations"] for v in a["keypoints"]) >= 0
+
+
+def test_predicted_keypoints_are_drawn_on_their_pixels() -> None:
+    """A small image is enlarged, and the dot's centre with its pixel's."""
+    pixels = torch.full((3, 40, 40), 90, dtype=torch.uint8)
+    found = Objects(
+        index=0,
+        name="x",
+        size=(40, 40),
+        class_names=("a",),
+        reading={},
+        boxes=torch.tensor([[35.0, 35, 39, 39]]),
+        scores=torch.ones(1),
+        labels=torch.ones(1).long(),
+    )
+    points = torch.tensor([[[12.0, 7, 1]]])
+    bare, dotted = (np.array(o.draw(pixels)) for o in (found, replace(found, keypoints=points)))
+    factor = bare.shape[0] / 40
+    y, x = np.nonzero((bare != dotted).any(axis=2))
+    assert factor > 4
+    centre = [(x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2]
+    assert centre == pytest.approx([12.5 * factor, 7.5 * factor], abs=1)
+
+
 # Poses stay with their objects.
 
 
@@ -232,7 +332,7 @@ def aligned(dataset: CocoDataset) -> list[int]:
     for index in range(len(dataset)):
         _, target = dataset.load(index)
         mine = target["annotation_ids"].tolist()
-        assert target["keypoints"][:, 0, 0].tolist() == mine
+        assert target["keypoints"][:, 0, 0].tolist() == [k + 0.5 for k in mine]
         assert target["keypoints"].shape == (len(mine), 3, 2)
         assert target["visibility"].tolist() == [[2, 1, 0]] * len(mine)
         assert target["boxes"][:, 0].tolist() == [k % 30 for k in mine]
@@ -242,7 +342,7 @@ def aligned(dataset: CocoDataset) -> list[int]:
 
 def test_poses_stay_with_their_objects(tmp_path: Path) -> None:
     annotations, every = marked(tmp_path), set(range(1, 37))
-    given = Skeleton(("a", "b", "c"), (), (0, 1, 2), (0.1,) * 3)
+    given = Skeleton(("a", "b", "c"), (), (0, 1, 2), (0.1,) * 3, "given")
 
     def ids(part: CocoAnnotations, training: bool) -> list[int]:
         return aligned(CocoDataset(part, "x", training=training, target="keypoints", skeleton=given))

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SMALL
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from PIL import Image
 from pycocotools import mask as rle
 from small_checkpoints import KINDS, changed, made
 from torch import nn
@@ -71,21 +72,26 @@ def test_frozen_norms_are_frozen_again_without_the_weights_they_came_from(checkp
     assert not any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
 
 
+BIAS = "model.roi_heads.box_predictor.cls_score.bias"
+
+
 def test_the_best_checkpoint_is_taken_else_the_last(checkpoint, tmp_path):
     run, _, _ = checkpoint("boxes")
     loaded = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     (tmp_path / "checkpoints").mkdir()
     best, last = tmp_path / "checkpoints/best.ckpt", tmp_path / "checkpoints/last.ckpt"
-    bias = "model.roi_heads.box_predictor.cls_score.bias"
     for path, value in ((last, 1.0), (best, 2.0)):
-        loaded["state_dict"][bias] = torch.full_like(loaded["state_dict"][bias], value)
+        loaded["state_dict"][BIAS] = torch.full_like(loaded["state_dict"][BIAS], value)
         torch.save(loaded, path)
 
     def bias_of(path):
-        return load_task(path, "cpu").task.state_dict()[bias][0].item()
+        return load_task(path, "cpu").task.state_dict()[BIAS][0].item()
 
     assert bias_of(tmp_path) == 2
     assert bias_of(last) == 1
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"best\.ckpt: not a whole checkpoint.* TAKING .*last\.ckpt INSTEAD"):
+        assert bias_of(tmp_path) == 1
     best.unlink()
     assert bias_of(tmp_path) == 1
     with pytest.raises(UsageError, match=r"nothing-here: no such checkpoint"):
@@ -215,6 +221,8 @@ def test_checkpoints_that_are_not_a_runs(checkpoint, tmp_path):
         ("skeleton", {"names": ["nose"], "edges": [0]}, "lacks a skeleton"),
         ("config", {**record["config"], "data": {"image_size": "large"}}, "image_size=large"),
         ("config", {**record["config"], "data": {}}, "image_size=None"),
+        ("config", {**record["config"], "data": {"max_pixels": "all"}}, "max_pixels=all"),
+        ("config", {**record["config"], "data": {"worker_timeout": -1}}, "worker_timeout=-1"),
     ):
         with pytest.raises(UsageError, match=reason):
             load_task(changed(run, tmp_path, **{key: value}), "cpu")
@@ -243,13 +251,38 @@ def test_devices_that_are_not_there(checkpoint, device):
         load_task(checkpoint("boxes").folder, device)
 
 
-def test_precision_is_the_runs(checkpoint, tmp_path):
+@pytest.mark.parametrize(  # Lightning's names, with the short ones that it still takes
+    ("dtype", "names"),
+    [
+        (None, ["32-true", "32", 32]),
+        (torch.bfloat16, ["bf16-mixed", "bf16"]),
+        (torch.float16, ["16-mixed", "16", 16]),
+    ],
+)
+def test_precision_is_the_runs(checkpoint, tmp_path, dtype, names):
     run, _, _ = checkpoint("boxes")
     config = record_of(run)["config"]
-    for asked, dtype in (("32-true", None), ("bf16-mixed", torch.bfloat16)):
+    for asked in names:
         trainer = {**config["trainer"], "precision": asked}
         path = changed(run, tmp_path, config={**config, "trainer": trainer})
         assert load_task(path, "cpu").dtype == dtype
+
+
+def test_a_strangers_checkpoint_does_not_let_decompression_bombs_in(checkpoint, tmp_path):
+    run, _, data = checkpoint("boxes")
+    config = record_of(run)["config"]
+
+    def limited(pixels):
+        return changed(run, tmp_path, config={**config, "data": {**config["data"], "max_pixels": pixels}})
+
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.warns(UserWarning, match=r"max_pixels=1000000000000 is not followed.*--trust"):
+        guarded = load_task(limited(10**12), "cpu")
+    with pytest.raises(UsageError, match="more than 100000000 pixels"):
+        guarded.predict(tmp_path / "bomb.png")
+    assert load_task(limited(10**12), "cpu", trust=True).reading["max_pixels"] == 10**12
+    with pytest.raises(UsageError, match="more than 100 pixels"):
+        load_task(limited(100), "cpu").predict(files_of(data)[:1])
 
 
 RUNS = {

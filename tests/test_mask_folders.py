@@ -1,6 +1,7 @@
 """Images with a PNG of classes each: pairing, values, sizes, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnext_backbones.errors import UsageError
+from tasks.data import images
 from tasks.data.check import check_dataset, start_report
-from tasks.data.mask_folders import MaskFolders, MaskImages, read_mask, read_mask_folders
+from tasks.data.folder_data import MaskFolderData
+from tasks.data.folder_images import MaskImages
+from tasks.data.mask_folders import MaskFolders, read_mask, read_mask_folders
 
 HEIGHT, WIDTH = 24, 40
 
@@ -213,11 +217,51 @@ def test_names_are_given_listed_or_counted(tmp_path: Path) -> None:
             read_mask_folders(tmp_path, "train", wrong)
 
 
-def test_masks_of_0_and_255_have_one_class_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [None, ["background", "nucleus"]])
+def test_masks_of_0_and_255_have_one_class_only(tmp_path: Path, names: list[str] | None) -> None:
     """The usual mistake with two classes; without a word nothing but background would be learned."""
+    for number in range(4):
+        pair(tmp_path, str(number), 0, *[255] * (number % 2))
+    with pytest.raises(
+        UsageError, match=r"masks/train: .* no value but 0 and 255, which is ignored; write 1 in place of 255"
+    ):
+        read_mask_folders(tmp_path, "train", names, training=True)
+    pair(tmp_path, "4", 0, 1)
+    assert len(read_mask_folders(tmp_path, "train", names, training=True)) == 5
+
+
+def test_white_masks_are_refused_even_where_another_split_has_classes(tmp_path: Path) -> None:
     pair(tmp_path, "1", 0, 255)
-    with pytest.raises(UsageError, match="no value but 0 and 255, which is ignored; write 0, 1"):
-        read_mask_folders(tmp_path, "train")
+    pair(tmp_path, "1", 0, 1, split="val")
+    with pytest.raises(UsageError, match=r"masks/train: the masks hold no value but 0 and 255"):
+        MaskFolderData(str(tmp_path), num_workers=0).setup("fit")
+
+
+def test_masks_of_background_alone_are_no_mistake(tmp_path: Path) -> None:
+    pair(tmp_path, "1", 0)
+    assert read_mask_folders(tmp_path, "train", ["ground", "road"], training=True).names == ["ground", "road"]
+
+
+def test_classes_are_counted_in_all_splits(tmp_path: Path) -> None:
+    """Otherwise a class that only val shows would end the run after an epoch."""
+    for split, value in (("train", 2), ("val", 4), ("test", 3)):
+        pair(tmp_path, "1", 0, value, split=split)
+    data = MaskFolderData(str(tmp_path), test="test", num_workers=0)
+    data.setup("fit")
+    assert data.names == [f"class {k}" for k in range(5)]
+    for split in ("train", "val", "test"):
+        assert data.annotations(split).names == data.names
+        data.dataset(split).load(0)
+
+
+def test_large_masks_are_refused_while_classes_are_looked_for(tmp_path: Path) -> None:
+    pair(tmp_path, "1", 0, 1)
+    for classes in (None, ["ground", "road"]):
+        data = MaskFolderData(str(tmp_path), val="train", classes=classes, max_pixels=99, num_workers=0)
+        with pytest.raises(UsageError, match=r"more than 99 pixels.*data\.max_pixels"):
+            data.setup("fit")
+    with pytest.raises(UsageError, match="more than 99 pixels"):
+        read_mask_folders(tmp_path, "train", max_pixels=99)
 
 
 def test_a_bad_mask_is_named_while_classes_are_looked_for(tmp_path: Path) -> None:
@@ -273,6 +317,20 @@ def test_a_mask_may_be_of_the_image_as_stored_or_as_shown(tmp_path: Path, turned
     expected = stored.transpose(Image.Transpose.ROTATE_270) if turned else stored
     np.testing.assert_array_equal(picture.permute(1, 2, 0), np.array(expected))
     np.testing.assert_array_equal(target["semantic"], mask)
+
+
+def test_a_sample_opens_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path, "1", 0, 1)
+    data, opened = dataset(tmp_path), []
+
+    def counting(path: Path, *args: Any) -> Any:
+        opened.append(path)
+        return original(path, *args)
+
+    original = images._open
+    monkeypatch.setattr(images, "_open", counting)
+    data.load(0, at_least=(4, 4))
+    assert opened == [tmp_path / "masks/train/1.png", tmp_path / "images/train/1.jpg"]
 
 
 def test_faulty_pairs_are_named_with_both_files(tmp_path: Path) -> None:

@@ -3,10 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hotcoco
 import pytest
-from conftest import SMALL
+import torch
+from conftest import ROOT, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
 
 from tasks.loggers import read_metrics
 
@@ -55,6 +60,7 @@ ALL = [
 ]
 QUICK = [  # every learner, every body and every source at least once
     ("classifier", "timm", "shapes"),
+    ("classifier", "resnext", "class_folders"),
     ("classifier", "resnet", "one class folder"),
     ("faster_rcnn", "resnext", "voc"),
     ("retinanet", "resnet", "yolo"),
@@ -180,5 +186,44 @@ def test_two_steps(
 def test_the_quick_ones_cover_everything() -> None:
     assert {learner for learner, _, _ in QUICK} == set(LEARNERS)
     assert {body for _, body, _ in QUICK} == set(BODIES)
-    assert {source for _, _, source in QUICK} | {"class_folders"} == set(SOURCES)
+    assert {source for _, _, source in QUICK} == set(SOURCES)
     assert set(QUICK) <= set(ALL)
+
+
+def outline_box(record: dict[str, Any]) -> list[float]:
+    """Of the part that `as_yolo` writes."""
+    x, y = record["segmentation"][0][::2], record["segmentation"][0][1::2]
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+
+
+@pytest.mark.parametrize(("source", "apart"), [("coco", 0.0), ("voc", 0.5), ("yolo", 0.5)])
+def test_every_form_holds_the_same_objects(
+    source: str, apart: float, sources: dict[str, list[str]], tiny_shapes: list[str]
+) -> None:
+    """Names and boxes against the file that all of them were made of, by plain JSON."""
+    root = Path(tiny_shapes[0].removeprefix("data.root="))
+    content = json.loads((root / "annotations/instances_val.json").read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    more = [] if source == "coco" else ["data.follow_symlinks=true"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides=["task=detection", *sources[source], *more])
+    data = instantiate(cfg.data, _convert_="all")
+    data.prepare_data()
+    data.setup("fit")
+    dataset = data.dataset("val")
+    assert len(dataset) == len(content["images"])
+    for index in range(len(dataset)):
+        number = int(Path(dataset.annotations.file_name(index)).stem.rpartition("_")[2])
+        wanted = sorted(
+            (names[a["category_id"]], *(outline_box(a) if source == "yolo" else map(float, a["bbox"])))
+            for a in content["annotations"]
+            if a["image_id"] == number and not (source == "yolo" and a["iscrowd"])
+        )
+        _, target = dataset.load(index)
+        corners, sizes = target["boxes"].as_subclass(Tensor).split(2, dim=1)
+        boxes = torch.cat([corners, sizes - corners], dim=1).tolist()
+        labels = [data.names[label - 1] for label in target["labels"].tolist()]
+        found = sorted((label, *box) for label, box in zip(labels, boxes, strict=True))
+        assert [name for name, *_ in found] == [name for name, *_ in wanted]
+        for (_, *box), (_, *true) in zip(found, wanted, strict=True):
+            assert box == pytest.approx(true, abs=apart + 1e-6)

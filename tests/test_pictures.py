@@ -307,6 +307,17 @@ def test_a_background_keeps_the_colours_of_the_image():
     np.testing.assert_array_equal(changed, classes.bool().numpy())
 
 
+@pytest.mark.parametrize("ground", [(), ("background",)])
+def test_a_class_has_one_colour_as_an_object_and_in_a_map(ground):
+    for label in range(1, 3):
+        mask = disc(480, 640, 300, 200, 50)
+        classes = torch.where(mask.bool(), label - 1 + len(ground), 255).to(torch.uint8)
+        as_map = array(draw_classes(grey(), classes, [*ground, *NAMES]))
+        as_object = array(draw(grey(), boxes((0, 0, 9, 9)), torch.tensor([label]), NAMES, masks=mask[None]))
+        for x in (250, 300):  # its edge and its middle
+            np.testing.assert_array_equal(as_map[200, x], as_object[200, x])
+
+
 def test_a_class_map_of_another_size_is_brought_to_the_image_by_its_nearest_pixels():
     classes = torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8)
     small = array(draw_classes(grey(), classes, ["background", "a", "b"]))

@@ -1,12 +1,14 @@
 """Predictions for images of every form, and the command line that writes them."""
 
 import csv
+import errno
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from pycocotools.coco import COCO
 from small_checkpoints import changed, made
 
 from resnext_backbones import UsageError
-from tasks import predict
+from tasks import given_images, predict, prediction_files
 from tasks.image_arguments import chosen_images
 from tasks.load import load_task
+from tasks.pictures import PAPER, class_colour, save_png
+from tasks.prediction_files import Pictures
+from tasks.predictions import Objects
 from tasks.predictor import Predictor
 
 
@@ -166,6 +171,40 @@ def test_every_kind_is_drawn(checkpoint, kind, files):
         found.draw(files[2])
 
 
+def with_data(run: Path, folder: Path, **settings: int) -> Path:
+    """A copy of a run's checkpoint with other settings of its data."""
+    config = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["record"]["config"]
+    return changed(run, folder, config={**config, "data": {**config["data"], **settings}})
+
+
+def test_files_are_drawn_on_as_they_were_read(checkpoint, tmp_path):
+    Image.fromarray(np.full((480, 480), 2048, np.uint16)).save(tmp_path / "deep.png")
+    (found,) = load_task(with_data(checkpoint("boxes"), tmp_path, bit_depth=12), "cpu").predict(
+        tmp_path / "deep.png"
+    )
+    drawn = np.asarray(found.draw(tmp_path / "deep.png", score=1.1))
+    assert np.unique(drawn).tolist() == pytest.approx([2048 / 4095 * 255], abs=1)
+
+
+def test_keypoints_are_drawn_in_the_middle_of_the_pixels_they_name():
+    pose = torch.tensor([[[20.0, 10.0, 1.0]]])
+    box, one = torch.tensor([[40.0, 30.0, 50.0, 40.0]]), torch.ones(1)
+    found = Objects(0, "a", (48, 64), ("cat",), {}, box, one, one.long(), keypoints=pose)
+    drawn = np.asarray(found.draw(torch.full((3, 48, 64), 90, dtype=torch.uint8)))
+    factor = 8  # to 480 pixels at least
+    assert drawn.shape[:2] == (48 * factor, 64 * factor)
+    rows, columns = np.nonzero((drawn == PAPER).all(axis=2))
+    assert (columns.mean(), rows.mean()) == pytest.approx((20.5 * factor, 10.5 * factor), abs=1)
+
+
+def test_a_silent_worker_ends_it(checkpoint, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # when it ends the workers
+    predictor = load_task(with_data(checkpoint("boxes"), tmp_path, worker_timeout=1), "cpu")
+    monkeypatch.setattr(given_images, "decode", lambda *_, **__: time.sleep(20))  # a folder that went offline
+    with pytest.raises(UsageError, match="timed out after 1 seconds: take fewer workers"):
+        predictor.predict(files[0], workers=1)
+
+
 # The command line.
 
 
@@ -235,6 +274,10 @@ def test_class_maps_are_png_files_of_the_images_size(checkpoint, files, tmp_path
         written = Image.open(out / f"classes/{k}.png")
         assert written.mode == "P"
         np.testing.assert_array_equal(np.asarray(written), found.classes.numpy())
+        colours = np.reshape(written.getpalette(), (-1, 3))
+        assert found.class_names[0] == "background"
+        for label in range(1, len(found.class_names)):  # as the objects of the class
+            assert tuple(colours[label]) == class_colour(label)
     assert (out / "classes.txt").read_text().splitlines() == list(expected[0].class_names)
 
 
@@ -282,6 +325,41 @@ def test_what_is_done_when_it_ends_early_is_kept(
     results = json.loads((tmp_path / "out/predictions.json").read_text())
     assert {result["image_id"] for result in results} == {1, 2}
     assert len(json.loads((tmp_path / "out/images.json").read_text())["images"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "named"),
+    [(KeyboardInterrupt(), 130, ""), (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left")],
+)
+def test_results_are_kept_where_the_last_pictures_are_not_written(
+    checkpoint, files, tmp_path, monkeypatch, reason, code, named
+):
+    def last_fails(picture, path):
+        if path.name == "4.png":
+            raise reason
+        save_png(picture, path)
+
+    monkeypatch.setattr(prediction_files, "save_png", last_fails)
+    out = tmp_path / "out"
+    assert named in run(checkpoint("boxes"), *files, "--output", out, "--workers", "1", code=code)
+    results = json.loads((out / "predictions.json").read_text())
+    assert {result["image_id"] for result in results} == {1, 2, 3, 4, 5}
+    assert len(json.loads((out / "images.json").read_text())["images"]) == 5
+    assert below(out / "pictures") == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_no_thread_is_left_where_a_picture_is_not_written(predictor, files, tmp_path, monkeypatch):
+    def full(picture, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prediction_files, "save_png", full)
+    pictures, chosen = Pictures(tmp_path / "out", 0.5, 1), chosen_images(files)
+    (found,) = predictor.predict(files[0])
+    pictures.add(found, chosen)
+    with pytest.raises(OSError, match="No space"):
+        pictures.finish()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pictures.add(found, chosen)
 
 
 def test_a_ctrl_c_while_an_image_is_written_waits_until_it_is():

@@ -200,6 +200,22 @@ def test_boxes_and_scores_are_float32_and_exact_under_autocast():
     assert torch.diag(box_iou(boxes.double(), exact)).min() >= 0.99
 
 
+def test_scores_keep_their_order_under_autocast():
+    """Rounded to bfloat16's eight bits, of 16,368 scores 1,949 were distinct."""
+    torch.manual_seed(0)
+    model = faster_rcnn(resnet18(), 3, **SMALL).eval()
+    seen = []
+    for head in (model.rpn.head, model.roi_heads.box_predictor):
+        head.register_forward_hook(lambda module, x, out: seen.append(out))
+    images, sizes = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8), torch.tensor([[128, 128]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(images, sizes)
+    (objectness, _), (logits, _) = seen
+    for scores in (torch.cat([level.flatten() for level in objectness]), logits.flatten()):
+        assert len(scores) > 1000
+        assert len(scores.unique()) > 0.99 * len(scores)
+
+
 def test_padding_does_not_reach_the_network():
     model = faster_rcnn(resnet18(), 3, **SMALL)
     images = torch.full((1, 3, 64, 64), 200, dtype=torch.uint8)

@@ -78,20 +78,35 @@ def test_permutations_change_with_epoch_and_seed_only():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-def test_batches_are_wide_or_not_and_come_in_random_order():
-    batches = dealt(32, 4, 1, aspect=ASPECT)
-    kinds = [{bool(ASPECT[index] > 1) for _, _, index in batch} for batch in batches]
-    assert all(len(kind) == 1 for kind in kinds)
+def test_batches_are_wide_or_not_but_for_what_is_left_of_both():
     wide = int((ASPECT > 1).sum())
-    assert len(batches) == math.ceil(wide / 4) + math.ceil((32 - wide) / 4)
-    seen = Counter(index for batch in batches for _, _, index in batch)
-    assert set(seen) == set(range(32))
-    assert sum(seen.values()) - 32 < 2 * 4  # less than a batch of each kind is filled up
-    orders = set()
-    for epoch in range(5):
+    places, orders = set(), set()
+    for epoch in range(12):
         batches = dealt(32, 4, 1, epoch, aspect=ASPECT)
-        orders.add(tuple(bool(ASPECT[batch[0][2]] > 1) for batch in batches))
-    assert len(orders) > 1
+        kinds = [[bool(ASPECT[index] > 1) for _, _, index in batch] for batch in batches]
+        whole = [all(kind) for kind in kinds if len(set(kind)) == 1]
+        assert (whole.count(True), whole.count(False)) == (wide // 4, (32 - wide) // 4)
+        places.add(tuple(len(set(kind)) for kind in kinds).index(2))
+        orders.add(tuple(whole))
+    assert (wide % 4, (32 - wide) % 4) == (1, 3)  # which make one batch
+    assert len(places) > 3
+    assert len(orders) > 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("wide", "high"), [(500, 1), (1, 500), (31, 1), (40, 40), (26, 26), (17, 17), (9, 2), (16, 16), (12, 0)]
+)
+def test_a_rare_kind_is_not_seen_more_often(wide, high, world):
+    aspect = torch.tensor([1.5] * wide + [0.7] * high)
+    for epoch in range(5):
+        batches = dealt(wide + high, 16 // world, world, epoch, aspect=aspect)
+        assert len(batches) == math.ceil((wide + high) / 16)  # an epoch is as long as without
+        seen = Counter(index for batch in batches for _, _, index in batch)
+        assert set(seen) == set(range(wide + high))
+        assert max(seen.values()) <= 2
+        mixed = [b for b in batches if len({bool(aspect[index] > 1) for _, _, index in b}) == 2]
+        assert len(mixed) <= math.ceil((wide % 16 + high % 16) / 16)
 
 
 def test_images_of_one_kind_are_batched_as_if_not_grouped():
@@ -114,6 +129,19 @@ def test_repeats_stand_in_one_batch_and_all_images_come_in_as_many_epochs():
         TrainSampler(32, 4, 0, 0, 2, repeats=3)
     with pytest.raises(UsageError, match=r"data\.repeats=0"):
         TrainSampler(32, 4, 0, repeats=0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4])
+@pytest.mark.parametrize(("length", "batch"), [(100, 12), (100, 18), (7, 24), (40, 40)])
+def test_copies_are_no_neighbours_on_any_process(length, batch, repeats, world):
+    """The first and the last of a batch are neighbours too; `Mix` pairs them."""
+    batch = batch // repeats * repeats
+    for rank in range(world):
+        images = [i for _, _, i in TrainSampler(length, batch, 0, rank, world, repeats=repeats)]
+        for start in range(0, len(images), batch):
+            mine = images[start : start + batch]
+            assert [i for k, i in enumerate(mine) if i == mine[k - 1]] == []
 
 
 def test_occurrences_are_counted():
@@ -187,16 +215,21 @@ def test_images_come_as_often_as_their_factors_say():
         TrainSampler(2, 1, 0, repeat_factors=torch.tensor([1.0, 0.9]))
 
 
-def test_resumes_within_an_epoch_and_only_in_it():
-    sampler = TrainSampler(20, 4, seed=0)
-    sampler.set_epoch(3)
-    whole = list(sampler)
-    sampler.resume_at(3, batch=2)
-    assert list(sampler) == whole[8:]
-    sampler.resume_at(3, batch=5)
-    assert list(sampler) == []
-    sampler.set_epoch(4)
-    assert len(list(sampler)) == 20
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_resumes_within_an_epoch_and_only_in_it(options, rank):
+    def sampler(epoch):
+        made = TrainSampler(32, 3, 0, rank, 2, **options)
+        made.set_epoch(epoch)
+        return made
+
+    whole = list(sampler(3))
+    resumed = sampler(3)
+    for batch in (1, 2, resumed.batches):
+        resumed.resume_at(3, batch)
+        assert list(resumed) == whole[3 * batch :]
+    resumed.set_epoch(4)
+    assert list(resumed) == list(sampler(4))
 
 
 @pytest.mark.parametrize(("length", "world"), [(20, 1), (21, 2), (3, 2), (61, 7)])
@@ -254,13 +287,18 @@ def test_holdout_splits_in_two():
         holdout(1, 0.5, seed=0)
 
 
-def test_large_datasets_are_dealt_out_at_once():
-    sampler = TrainSampler(
-        120_000,
-        8,
-        0,
-        aspect=torch.rand(120_000) + 0.5,
-        repeat_factors=torch.rand(120_000) + 1,
-        repeats=2,
-    )
-    assert len(sampler.global_batches()) == sampler.batches
+def test_a_large_dataset_is_dealt_out_whole():
+    options = {
+        "aspect": torch.rand(120_000) + 0.5,
+        "repeat_factors": torch.rand(120_000) + 1,
+        "repeats": 2,
+    }
+    sampler = TrainSampler(120_000, 8, 0, **options)
+    seen = torch.zeros(120_000, dtype=torch.int64)
+    for epoch in range(2):  # with two copies of each image, two epochs see all
+        sampler.set_epoch(epoch)
+        batches = sampler.global_batches()
+        assert batches.shape == (sampler.batches, 8)
+        seen += torch.bincount(batches.flatten(), minlength=120_000)
+    assert seen.min() >= 2
+    assert seen.max() <= 2 * 3

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.segmentation import deeplabv3_resnet50
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from resnext_backbones import UsageError, resnet18, resnet50
+from resnext_backbones import UsageError, resnet18, resnet50, resnext29_8x64d
 from tasks.models.semantic import deeplabv3, semantic_fpn
 
 NETS = {
@@ -145,6 +145,11 @@ def test_one_image_is_normalised_by_the_running_statistics():
 def test_a_body_without_dilation_is_refused_with_advice():
     with pytest.raises(UsageError, match=r"has 32: give backbone\.output_stride=8 .* or model=semantic_fpn"):
         deeplabv3(resnet18(), 5)
+
+
+def test_semantic_fpn_refuses_bodies_for_cifars_small_images():
+    with torch.device("meta"), pytest.raises(UsageError, match="Semantic FPN needs maps of stride 4 or more"):
+        semantic_fpn(resnext29_8x64d(), 5)
 
 
 @pytest.mark.parametrize("channels", [32, 80])

@@ -306,7 +306,7 @@ def test_a_dataset_of_an_older_version_is_told_apart(tmp_path):
     path = root / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     before = files(root)
-    with pytest.raises(UsageError, match=r"a shapes dataset of version 1 instead of 2; delete the folder"):
+    with pytest.raises(UsageError, match=r"a shapes dataset of version 1 instead of 3; delete the folder"):
         write_shapes(root, **counts)
     assert files(root) == before
 

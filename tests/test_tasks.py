@@ -235,7 +235,7 @@ def resized_batch() -> DetectionBatch:
 
 
 def test_boxes_and_keypoints_come_back_in_original_pixels() -> None:
-    """2.5 times as wide, twice as high."""
+    """2.5 times as wide, twice as high; keypoints then name pixels, as COCO's files, by their centres."""
     points = torch.tensor([[[8.0, 10, 1], [40, 25, 1]]])
     model = Finds(
         found([8, 10, 40, 30], keypoints=points, keypoint_scores=torch.ones(1, 2)),
@@ -245,10 +245,12 @@ def test_boxes_and_keypoints_come_back_in_original_pixels() -> None:
     for detections in (task.predict(batch), task.update(Reported(), batch)[0]):
         first, second = detections
         assert first["boxes"].tolist() == [[20, 20, 100, 60]]
-        assert first["keypoints"].tolist() == [[[20, 20, 1], [100, 50, 1]]]
+        assert first["keypoints"].tolist() == [[[19.5, 19.5, 1], [99.5, 49.5, 1]]]
         assert first["keypoint_scores"].tolist() == [[1, 1]]
         assert second["boxes"].tolist() == [[8, 10, 40, 30], [0, 0, 96, 60]]
-        assert second["keypoints"].tolist() == points.repeat(2, 1, 1).tolist()
+        assert second["keypoints"].tolist() == [[[7.5, 9.5, 1], [39.5, 24.5, 1]]] * 2
+        shown = task.layers(batch, 0, first, 0.5)[2]
+        torch.testing.assert_close(shown["keypoints"], points)  # in the pictures where the network saw them
         assert second["labels"].tolist() == [1, 2]
 
 

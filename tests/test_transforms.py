@@ -293,11 +293,28 @@ def test_flipped_twice_keypoints_are_where_they_were():
     assert torch.equal(again["visibility"], target["visibility"])
 
 
-@pytest.mark.parametrize("flip", [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
-def test_a_flip_that_would_mix_up_left_and_right_is_refused(flip):
+FLIPS = {
+    "horizontal": v2.RandomHorizontalFlip(),
+    "vertical": v2.RandomVerticalFlip(),
+    "sometimes": v2.RandomApply([v2.RandomHorizontalFlip()]),
+    "one of several": v2.RandomChoice([v2.ColorJitter(), v2.RandomVerticalFlip()]),
+    "in any order": v2.RandomOrder([v2.RandomHorizontalFlip()]),
+    "deep": v2.Compose([v2.RandomApply(torch.nn.ModuleList([v2.Compose([v2.RandomHorizontalFlip()])]))]),
+}
+
+
+@pytest.mark.parametrize("flip", FLIPS.values(), ids=FLIPS)
+def test_a_flip_that_would_mix_up_left_and_right_is_refused_before_an_image_is_read(flip):
+    settings = {"augment": [v2.ColorJitter(0.1), flip], "training": True}
     with pytest.raises(UsageError, match="leaves left and right keypoints unswapped"):
-        Prepared(Samples(person()), (60, 80), augment=[flip], training=True)[0]
-    assert Prepared(Samples(sample()), (60, 80), augment=[flip], training=True)[0]
+        Prepared(Samples(), (60, 80), **settings, posed=True)
+    assert Prepared(Samples(sample()), (60, 80), **settings)[0]
+
+
+def test_our_flip_may_stand_within_others():
+    augment = [v2.Compose([v2.RandomApply([v2.ColorJitter(0.5)]), v2.RandomChoice([HorizontalFlip(1.0)])])]
+    target = Prepared(Samples(person()), (60, 80), augment=augment, training=True, posed=True)[0][1]
+    assert target["keypoints"][0].tolist() == [[55, 20, 2], [60, 15, 2], [50, 15, 1]]
 
 
 def test_keypoints_outside_the_window_are_not_there():

@@ -68,7 +68,8 @@ class CocoAnnotations:
     areas: float64 [N], of the file, or the box's where the file has none. crowd: bool [N].
     segmentations: JSON of each, empty where there is none. keypoints: the same of keypoints.
     crowds: number of crowds in the file.
-    notes: faults of the file itself. box_faults: those of boxes. cleaned: whether `clean` made it.
+    notes: faults of the file itself. box_faults: those of annotations. cleaned: whether `clean` made it.
+    partial: whether it is a part of a file, by which the file's own faults are not judged.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class CocoAnnotations:
     notes: tuple[Fault, ...] = ()
     box_faults: tuple[Fault, ...] = ()
     cleaned: bool = False
+    partial: bool = False
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -229,10 +231,34 @@ class CocoAnnotations:
                 reasons[reason].append(row)
         return reasons
 
+    def with_paintable(self, max_drop_fraction: float = 0.01) -> "CocoAnnotations":
+        """The same, with the faults of segmentations named: what class maps are painted from.
+
+        Raises:
+            UsageError: see `clean`; a file of boxes alone would make maps of nothing.
+        """
+        faults = [
+            f
+            for reason, rows in self._undrawable(torch.ones(len(self.ids), dtype=torch.bool)).items()
+            for f in fault(f"{reason}: its box is ignored", "dropped", "annotation", self.ids[rows])
+        ]
+        self._refuse_many_drops(faults, max_drop_fraction)
+        return replace(self, box_faults=(*self.box_faults, *faults))
+
+    def teaching(self, annotations: Tensor) -> "CocoAnnotations":
+        """Without the images that have none of these annotations (bool [N]); they are named."""
+        images = torch.bincount(self.image_of()[annotations], minlength=len(self)) > 0
+        left = fault("image without what is learned", "left out", "image", self.image_ids[~images])
+        if not images.any():
+            raise UsageError(f"{self.path}: nothing to train on: no image holds what is to be learned")
+        kept = self._select(images, torch.ones(len(self.ids), dtype=torch.bool))
+        return replace(kept, box_faults=(*self.box_faults, *left))
+
     def _refuse_many_drops(self, faults: Sequence[Fault], fraction: float) -> None:
-        lost = [f for f in (*self.notes, *faults) if f.action == "dropped" and f.of == "annotation"]
+        notes = () if self.partial else self.notes
+        lost = [f for f in (*notes, *faults) if f.action == "dropped" and f.of == "annotation"]
         dropped = sum(f.count for f in lost)
-        number = len(self.ids) + sum(f.count for f in self.notes if f in lost)
+        number = len(self.ids) + sum(f.count for f in notes if f in lost)
         if dropped > max(fraction * number, DROPS_ALWAYS_ALLOWED):
             raise UsageError(
                 f"{self.path}: {dropped} of {number} annotations ({dropped / number:.1%}) would be dropped, "
@@ -244,7 +270,8 @@ class CocoAnnotations:
         """The images of `indices` (int64), in the order of the file, with all their annotations."""
         images = torch.zeros(len(self), dtype=torch.bool)
         images[indices] = True
-        return self._select(images, torch.ones(len(self.ids), dtype=torch.bool))
+        part = self._select(images, torch.ones(len(self.ids), dtype=torch.bool))
+        return replace(part, crowds=int(part.crowd.sum()), partial=True)
 
     def _select(self, images: Tensor, annotations: Tensor) -> "CocoAnnotations":
         """The images and annotations (bool [I] and [N]) that are set, without annotations of other images."""

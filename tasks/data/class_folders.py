@@ -6,34 +6,22 @@ Read are torchvision's `ImageFolder` layout and ImageNet's: class folders named 
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import Packed
 from tasks.data.class_lists import Listed, read_class_list, readable_names
 from tasks.data.faults import Fault, counted, fault, listed
-from tasks.data.images import MAX_PIXELS, decode, image_size
-from tasks.data.inspection import Inspection
 from tasks.data.tree import IMAGE_SUFFIXES, left_out, listing, no_folder, progress_bar, suffix
-from tasks.pictures import captioned
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 LISTING_THREADS = 8  # a network's file system answers many questions at once
-
-Sample = tuple[Tensor, dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,102 +176,3 @@ def _from_folders(
             progress.advance(bar)
     faults = [*fault("outside the class folders", "left out", "image", outside), *left_out(others, odd)]
     return classes, files, labels, faults
-
-
-class ClassImages(Dataset):
-    """The images of a split with their classes, decoded but not resized.
-
-    Sample: an image, uint8 [3, H, W], RGB, turned as its EXIF orientation says, and a dict:
-        label: int, 0…K-1. image_id: int, the index. original_size: height and width of the whole image.
-
-    Args:
-        annotations: from `read_class_folders`.
-        split: its name, for errors.
-        max_pixels: larger images are refused.
-        bit_depth: for 16-bit images, the number of bits that are in use.
-
-    Raises:
-        UsageError: on access, an image that cannot be decoded, named with its split, index and file.
-    """
-
-    def __init__(
-        self,
-        annotations: ClassFolders,
-        split: str,
-        *,
-        max_pixels: int = MAX_PIXELS,
-        bit_depth: int | None = None,
-    ) -> None:
-        self.annotations, self.split = annotations, split
-        self.max_pixels, self.bit_depth = max_pixels, bit_depth
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.load(index)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width, from the header of the file."""
-        with self._named(index):
-            return image_size(self.annotations.image_path(index), self.max_pixels)
-
-    def load(self, index: int, at_least: tuple[int, int] | None = None) -> Sample:
-        """The sample.
-
-        at_least: the height and width it will be resized to; a JPEG is then decoded at a fraction of its
-        size, as `images.decode` says.
-        """
-        size = self.image_size(index)
-        with self._named(index):
-            image = decode(
-                self.annotations.image_path(index),
-                max_pixels=self.max_pixels,
-                bit_depth=self.bit_depth,
-                at_least=at_least,
-            )
-        label = int(self.annotations.labels[index])
-        return tv_tensors.Image(image), {"label": label, "image_id": index, "original_size": size}
-
-    def image_id(self, index: int) -> int:
-        return index
-
-    def name(self, index: int) -> str:
-        """What to call an image in an error: its number and its file."""
-        return f"image {index} {self.annotations.file_name(index)!r}"
-
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except UsageError as error:
-            raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
-
-    # For `tasks.data.check`.
-
-    def inspect(self, index: int) -> Inspection:
-        """Decodes the image; there is nothing to be found that does not raise."""
-        self.load(index)
-        return Inspection()
-
-    def unjudgeable(self) -> list[str]:
-        return []
-
-    def statistics(self, inspections: Sequence[Inspection]) -> list[Table | str]:
-        """Images of each class, and the size of the smallest and the largest class."""
-        counts = self.annotations.counts().tolist()
-        table = Table()
-        table.add_column("class", overflow="fold")
-        table.add_column("images", justify="right")
-        for name, count in zip(self.annotations.names, counts, strict=True):
-            table.add_row(Text(name), str(count))
-        table.add_section()
-        table.add_row("all", str(len(self)))
-        return [table, f"images a class: {min(counts)}–{max(counts)}"]
-
-    def worth_showing(self) -> list[int]:
-        return list(range(len(self)))
-
-    def picture(self, image: Tensor, target: dict[str, Any]) -> Image.Image:
-        """A sample's image over its class's name."""
-        return captioned(image, self.annotations.names[target["label"]], right=None)

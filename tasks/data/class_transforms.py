@@ -149,12 +149,12 @@ def collate_classes(samples: Sequence[ClassSample]) -> ClassBatch:
 
 
 class Mix(nn.Module):
-    """Mixes each image of a batch with the one before it, and their labels with it.
+    """Mixes each image of a batch with the one before it, the first with the last, and their labels likewise.
 
     Mixup (Zhang et al. 2017, arXiv 1710.09412) adds the two with weights λ and 1 - λ, CutMix (Yun et al.
     2019, arXiv 1905.04899) puts a rectangle of the other into the image; λ is drawn once a batch from
     Beta(α, α). With both, each batch takes one of them, with even chances. Random numbers come from torch's
-    CPU generator, whatever the device.
+    CPU generator, whatever the device. `TrainSampler` sees to it that copies of an image are no neighbours.
 
     Args:
         mixup_alpha, cutmix_alpha: α of each; 0 leaves it out.

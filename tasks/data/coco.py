@@ -107,7 +107,7 @@ def read_coco(
 def part_of(annotations: CocoAnnotations, indices: Tensor) -> CocoAnnotations:
     """The images of `indices` (int64) as if the file held no others."""
     part = annotations.subset(indices)
-    return replace(part, crowds=int(part.crowd.sum()), box_faults=tuple(_kept(part)))
+    return replace(part, box_faults=tuple(_kept(part)))
 
 
 def _category(category_id: int, record: CategoryRecord) -> Category:
@@ -265,7 +265,7 @@ class CocoDataset(Dataset):
                 drawn = class_map(annotations, index)
             else:
                 file = self.class_maps / Path(annotations.file_name(index)).with_suffix(".png")
-                drawn = read_class_map(file, annotations, original)
+                drawn = read_class_map(file, annotations, original, self.max_pixels)
         except UsageError as error:
             raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
         target: dict[str, Any] = {"semantic": nearest(drawn, size)}

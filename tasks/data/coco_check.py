@@ -14,9 +14,9 @@ from resnext_backbones.errors import UsageError
 from tasks.data.annotations import CocoAnnotations
 from tasks.data.coco import CocoDataset
 from tasks.data.faults import counted, listed
+from tasks.data.images import BACKGROUND
 from tasks.data.inspection import Inspection, pixel_statistics, pixels_of
 from tasks.data.segmentations import segmentation_fault
-from tasks.data.semantic import BACKGROUND
 from tasks.data.transforms import drawn, finished
 from tasks.pictures import draw, draw_classes
 

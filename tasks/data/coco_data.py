@@ -2,23 +2,24 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import CocoAnnotations
 from tasks.data.coco import CocoDataset, part_of, read_coco
-from tasks.data.images import IGNORED
-from tasks.data.keypoints import Skeleton, skeleton_of
+from tasks.data.faults import listed
+from tasks.data.image_files import check_image_files
+from tasks.data.images import BACKGROUND, IGNORED
+from tasks.data.keypoints import Skeleton, poses, skeleton_of
 from tasks.data.module import SPLITS, ImageData, pair
 from tasks.data.samplers import repeat_factors, subset
-from tasks.data.semantic import BACKGROUND
 from tasks.data.transforms import MIN_SIDE, HorizontalFlip, Prepared, collate
 
 Split = str | Mapping[str, str]
@@ -45,6 +46,7 @@ class CocoData(ImageData):
         group_by_aspect: batches of only upright or only lying images, which need less padding.
         repeat_threshold: classes in a smaller share of the images than this are shown more often
             (`repeat_factors`).
+        keep_negatives: whether training sees images without objects; for keypoints, without a labelled one.
         min_image_side: training leaves out images with a shorter side, in pixels (not of class maps).
         max_drop_fraction: more faulty annotations than this share end the run (not of class maps).
         settings: those of `ImageData`.
@@ -70,6 +72,7 @@ class CocoData(ImageData):
         augment: Mapping[str, v2.Transform] | None = None,
         group_by_aspect: bool = True,
         repeat_threshold: float | None = None,
+        keep_negatives: bool = True,
         min_image_side: int = 8,
         max_drop_fraction: float = 0.01,
         **settings: Any,
@@ -80,8 +83,10 @@ class CocoData(ImageData):
         self.test_is_val = test is None
         self.image_size, self.jitter = pair("data.image_size", image_size), pair("data.jitter", jitter)
         self.crop = None if crop is None else pair("data.crop", crop)
+        self.flip = flip
         self.augment = [HorizontalFlip(flip), *(augment or {}).values()]
         self.group_by_aspect, self.repeat_threshold = group_by_aspect, repeat_threshold
+        self.keep_negatives = keep_negatives
         self.cleaning: dict[str, Any] = {
             "min_image_side": min_image_side,
             "max_drop_fraction": max_drop_fraction,
@@ -90,6 +95,7 @@ class CocoData(ImageData):
         self._keypoints = keypoints
         self._skeleton: Skeleton | None = None
         self._files: dict[tuple[Path, Path], CocoAnnotations] = {}
+        self._digests: dict[Path, str] = {}
         self._annotations: dict[str, CocoAnnotations] = {}
         self._datasets: dict[str, CocoDataset] = {}
 
@@ -124,17 +130,35 @@ class CocoData(ImageData):
         if split not in self._annotations:
             paths = self.paths(split)
             if paths not in self._files:
+                self._digests[paths[0]] = _digest(paths[0])
                 self._files[paths] = read_coco(*paths, follow_symlinks=self.follow_symlinks)
             read = self._files[paths]
             if self.val_fraction is not None and paths == self.paths("train"):
-                read = part_of(read, self.held_out(len(read), str(read.path))[split != "train"])
-            if split == "train":
-                if self.fraction < 1:
-                    read = part_of(read, subset(len(read), self.fraction, self.seed))
-                if self.target != "semantic":  # class maps are painted from all there is, crowds too
-                    read = read.clean(**self.cleaning)
+                read = part_of(read, self._held_out(read)[split != "train"])
+            if split == "train" and self.fraction < 1:
+                read = part_of(read, subset(len(read), self.fraction, self.split_seed))
+            if self.target == "semantic":  # painted from all there is, crowds too
+                if self.class_maps(split) is None:
+                    read = read.with_paintable(self.cleaning["max_drop_fraction"])
+            elif split == "train":
+                read = self._learnable(read.clean(**self.cleaning))
             self._annotations[split] = read
         return self._annotations[split]
+
+    def _held_out(self, read: CocoAnnotations) -> tuple[Tensor, Tensor]:
+        """Images to train on and to validate on; a file that is listed twice is on one side only."""
+        names = {name: k for k, name in enumerate(dict.fromkeys(map(read.file_name, range(len(read)))))}
+        file = torch.tensor([names[read.file_name(index)] for index in range(len(read))])
+        train, val = self.held_out(len(names), str(read.path))
+        return torch.isin(file, train).nonzero().squeeze(1), torch.isin(file, val).nonzero().squeeze(1)
+
+    def _learnable(self, cleaned: CocoAnnotations) -> CocoAnnotations:
+        if self.keep_negatives:
+            return cleaned
+        if self.target != "keypoints":
+            return cleaned.teaching(torch.ones(len(cleaned.ids), dtype=torch.bool))
+        number = len(skeleton_of(cleaned, self._keypoints).names)
+        return cleaned.teaching((poses(cleaned, number)[..., 2] > 0).any(dim=1))
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -157,14 +181,14 @@ class CocoData(ImageData):
     def image_ids(self, split: str) -> list[int]:
         return self.annotations(split).image_ids.tolist()
 
-    @cache  # noqa: B019 - there is one datamodule a run, which reads a file once
     def fingerprint(self, split: str) -> str:
-        with self.annotation_file(split).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of the annotation file as it was when it was read."""
+        self.annotations(split)
+        return self._digests[self.annotation_file(split)]
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs, so that a fault shows before anything is trained."""
-        mine = self._classes("train")
+        train, mine = self.annotations("train"), self._classes("train")
         for split in ("val", "test"):
             if (theirs := self._classes(split)) != mine:
                 odd = sorted(set(mine) ^ set(theirs))[:20]
@@ -176,6 +200,12 @@ class CocoData(ImageData):
             self._refuse_class_maps()
         for split in SPLITS:
             self.dataset(split)
+        if self.skeleton is not None and self.skeleton.mirrored_by == "nothing" and self.flip:
+            rank_zero_warn(
+                f"{train.path}: keypoints {listed(self.skeleton.names)}: no name says left or right, and "
+                "images are mirrored: give data.keypoints.flip_pairs=[[a, b], …], [] if there are none, or "
+                "data.flip=0"
+            )
 
     def _classes(self, split: str) -> list[tuple[Any, ...]]:
         """What has to be the same in all splits."""
@@ -185,8 +215,12 @@ class CocoData(ImageData):
 
     def _refuse_class_maps(self) -> None:
         given, train = self.class_maps("train") is not None, self.annotations("train")
-        for split in ("val", "test"):
-            if (self.class_maps(split) is not None) != given:
+        for split in SPLITS:
+            if (folder := self.class_maps(split)) is not None:
+                names = map(self.annotations(split).file_name, range(len(self.annotations(split))))
+                maps = [str(Path(name).with_suffix(".png")) for name in names]
+                check_image_files(folder, maps, follow_symlinks=self.follow_symlinks)
+            if (folder is not None) != given:
                 raise UsageError(
                     f"data.{split}, data.train: only one of them names a folder `semantic`, and painted "
                     "class maps have a background that others lack; name it for all splits, or for none"
@@ -219,14 +253,15 @@ class CocoData(ImageData):
             augment=self.augment,
             seed=self.seed,
             training=True,
+            posed=self.target == "keypoints",
         )
 
     def _name_boxes_lost_by_resizing(self) -> None:
         annotations = self.annotations("train")
         sizes = annotations.sizes[annotations.image_of()].double()
         short, long = self.image_size
-        short = min(short) if isinstance(short, Sequence) else short
-        short, long = short * self.jitter[0], long * self.jitter[0]
+        short = max(short) if isinstance(short, Sequence) else short
+        short, long = short * self.jitter[1], long * self.jitter[1]
         scale = torch.minimum(short / sizes.amin(dim=1), long / sizes.amax(dim=1))
         lost = (annotations.xywh[:, 2:] * scale[:, None]).amin(dim=1) < MIN_SIDE
         if lost.any() and self.target != "semantic":
@@ -247,3 +282,11 @@ class CocoData(ImageData):
                 annotations.image_of(), annotations.all_labels, len(annotations), self.repeat_threshold
             )
         return found
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # said with a remedy by who reads it
+        return ""

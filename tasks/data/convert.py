@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.data.foreign import Source, coco_file
+from tasks.data.images import MAX_PIXELS
 from tasks.data.voc import voc
 from tasks.data.yolo import yolo
 
@@ -30,6 +31,7 @@ def convert_voc(
     *,
     one_based: bool = True,
     cache: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
     follow_symlinks: bool = False,
 ) -> Converted:
     """Makes a COCO file of a split of a dataset in the form of Pascal VOC.
@@ -51,18 +53,31 @@ def convert_voc(
             names in all XML files below `root`, sorted: the same for each split.
         one_based: whether pixels are counted from 1; some tools count from 0, as `x = xmin`.
         cache: a folder for the COCO file where `root` cannot be written.
+        max_pixels: larger images are refused where they are measured, as their XML file lacks a size.
         follow_symlinks: links may lead out of `root`.
 
     Raises:
         UsageError: files are missing or of a wrong form (XML files with a document type are refused, since
             entities can grow without bound), images have two XML files, an object is of another class.
     """
-    source = voc(Path(root), split, classes, one_based=one_based, follow_symlinks=follow_symlinks)
+    source = voc(
+        Path(root),
+        split,
+        classes,
+        one_based=one_based,
+        max_pixels=max_pixels,
+        follow_symlinks=follow_symlinks,
+    )
     return _converted(source, cache)
 
 
 def convert_yolo(
-    root: Path | str, split: str, *, cache: Path | None = None, follow_symlinks: bool = False
+    root: Path | str,
+    split: str,
+    *,
+    cache: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+    follow_symlinks: bool = False,
 ) -> Converted:
     """Makes a COCO file of a split of a dataset in the form of YOLO, as ultralytics describes it.
 
@@ -76,13 +91,15 @@ def convert_yolo(
         split: `train`, `val` or `test`, as in `data.yaml`: a folder of images, a text file that lists
             images, or several.
         cache: a folder for the COCO file where `root` cannot be written.
+        max_pixels: larger images are refused.
         follow_symlinks: links may lead out of the folder.
 
     Raises:
         UsageError: `data.yaml` or images are missing or unusable; lines of text files are of a wrong form, of
             an unknown class, or hold pixels instead of shares; they are keypoints.
     """
-    return _converted(yolo(Path(root), split, follow_symlinks=follow_symlinks), cache)
+    source = yolo(Path(root), split, max_pixels=max_pixels, follow_symlinks=follow_symlinks)
+    return _converted(source, cache)
 
 
 def _converted(source: Source, cache: Path | None) -> Converted:

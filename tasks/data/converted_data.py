@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from tasks.data.coco_data import CocoData
 from tasks.data.convert import Converted, convert_voc, convert_yolo
 from tasks.data.module import SPLITS
 
+say = rank_zero_only(print)
+
 
 class ConvertedData(CocoData):
-    """A source that becomes COCO files, one a split, whose numbers are printed.
+    """A source that becomes COCO files, one a split. They are made, and their numbers printed, once a run.
 
     Args:
         root: folder of the dataset.
@@ -38,14 +42,14 @@ class ConvertedData(CocoData):
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        for split in dict.fromkeys(str(self.splits[name]) for name in SPLITS):
-            self._converted[split] = self.convert(split)
-            print(self._converted[split].text)
+        for split in SPLITS:
+            self.paths(split)
 
     def paths(self, split: str) -> tuple[Path, Path]:
         name = str(self.splits[split])
-        if name not in self._converted:  # a process that has not prepared the data finds them there
+        if name not in self._converted:
             self._converted[name] = self.convert(name)
+            say(self._converted[name].text)
         return self._converted[name].annotations, self._converted[name].images
 
 
@@ -72,6 +76,7 @@ class VocData(ConvertedData):
             self.classes,
             one_based=self.one_based,
             cache=self.cache,
+            max_pixels=self.reading["max_pixels"],
             follow_symlinks=self.follow_symlinks,
         )
 
@@ -82,4 +87,10 @@ class YoloData(ConvertedData):
     TARGETS = ("boxes", "masks", "semantic")
 
     def convert(self, split: str) -> Converted:
-        return convert_yolo(self.root, split, cache=self.cache, follow_symlinks=self.follow_symlinks)
+        return convert_yolo(
+            self.root,
+            split,
+            cache=self.cache,
+            max_pixels=self.reading["max_pixels"],
+            follow_symlinks=self.follow_symlinks,
+        )

@@ -3,21 +3,22 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import Packed
-from tasks.data.class_folders import ClassFolders, ClassImages, read_class_folders
+from tasks.data.class_folders import ClassFolders, read_class_folders
 from tasks.data.class_transforms import PreparedClasses, collate_classes
-from tasks.data.mask_folders import MaskFolders, MaskImages, read_mask_folders
+from tasks.data.folder_images import ClassImages, MaskImages
+from tasks.data.mask_folders import MaskFolders, read_mask_folders
 from tasks.data.mask_folders import Split as MaskSplit
 from tasks.data.module import SPLITS, ImageData, pair
-from tasks.data.samplers import subset
+from tasks.data.samplers import repeat_factors, subset
 from tasks.data.transforms import HorizontalFlip, Prepared, collate
 
 
@@ -46,6 +47,8 @@ class FolderData(ImageData):
         self.test_is_val = test is None
         self.classes = None if classes is None else list(classes)
         self.augment: list[v2.Transform] = list((augment or {}).values())
+        self._annotations: dict[str, Any] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def read(self, split: str) -> Any:
         raise NotImplementedError
@@ -57,29 +60,35 @@ class FolderData(ImageData):
         """By which a part is drawn class by class, int64 [N]."""
         return None
 
-    @cache  # noqa: B019 - there is one datamodule a run
     def annotations(self, split: str) -> Any:
         """A split's files, read once."""
+        if split not in self._annotations:
+            self._annotations[split] = self._used(split)
+        return self._annotations[split]
+
+    def _used(self, split: str) -> Any:
+        """A split's files, but for what is held out or left out."""
         read = self.read(split)
         if self.val_fraction is not None and self.splits[split] == self.splits["train"]:
             held_out = self.held_out(len(read), str(read.path), self.labels(read))
             read = self.part(read, held_out[split != "train"])
         if split == "train" and self.fraction < 1:
-            read = self.part(read, subset(len(read), self.fraction, self.seed, self.labels(read)))
+            read = self.part(read, subset(len(read), self.fraction, self.split_seed, self.labels(read)))
         return read
 
     @property
     def categories(self) -> list[dict[str, Any]]:
         return [{"id": k, "name": name} for k, name in enumerate(self.annotations("train").names)]
 
-    @cache  # noqa: B019
     def fingerprint(self, split: str) -> str:
         """Of the names of files and classes; pictures are not read for it."""
-        found = self.annotations(split)
-        digest = hashlib.sha256("\0".join(found.names).encode())
-        for files in self.files(found):
-            digest.update(b"\0\0" + b"\0".join(files[i] for i in range(len(found))))
-        return digest.hexdigest()
+        if split not in self._fingerprints:
+            found = self.annotations(split)
+            digest = hashlib.sha256("\0".join(found.names).encode())
+            for files in self.files(found):
+                digest.update(b"\0\0" + b"\0".join(files[i] for i in range(len(found))))
+            self._fingerprints[split] = digest.hexdigest()
+        return self._fingerprints[split]
 
     def files(self, found: Any) -> Sequence[Packed]:
         raise NotImplementedError
@@ -102,6 +111,8 @@ class ClassFolderData(FolderData):
         crop_scale, crop_ratio, interpolation, flip: see `PreparedClasses`.
         augment: then, transforms of `torchvision.transforms.v2` by name, in this order.
         repeats: copies of an image in the same batch, each augmented differently (see `TrainSampler`).
+        repeat_threshold: images of classes with a smaller share of all images than this are shown more often
+            (`repeat_factors`).
         settings: those of `ImageData`.
     """
 
@@ -122,6 +133,7 @@ class ClassFolderData(FolderData):
         interpolation: str = "bilinear",
         flip: float = 0.5,
         repeats: int = 1,
+        repeat_threshold: float | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(root, target, train, val, test, **settings)
@@ -135,7 +147,7 @@ class ClassFolderData(FolderData):
             "interpolation": interpolation,
             "flip": flip,
         }
-        self.repeats = repeats
+        self.repeats, self.repeat_threshold = repeats, repeat_threshold
 
     def read(self, split: str) -> ClassFolders:
         classes = self.classes
@@ -169,7 +181,12 @@ class ClassFolderData(FolderData):
         )
 
     def sampling(self) -> dict[str, Any]:
-        return {"repeats": self.repeats}
+        found: dict[str, Any] = {"repeats": self.repeats}
+        if self.repeat_threshold is not None:
+            labels = self.annotations("train").labels
+            images = torch.arange(len(labels))
+            found["repeat_factors"] = repeat_factors(images, labels, len(labels), self.repeat_threshold)
+        return found
 
 
 class MaskFolderData(FolderData):
@@ -180,7 +197,8 @@ class MaskFolderData(FolderData):
             `read_mask_folders`.
         train, val, test: names of the splits, or mappings with the folders `images` and `masks`. Without
             `val`, a share of `train` is held out; without `test`, the test stage is judged on `val`.
-        classes: the names of the values 0…K - 1; by default the lines of `root/classes.txt`.
+        classes: the names of the values 0…K - 1; by default the lines of `root/classes.txt`, or without it
+            as many as the masks of all splits hold.
         endings: of the names of images and masks where they differ (see `read_mask_folders`).
         val_fraction: the share of `train` that is held out where there is no `val`.
         image_size, jitter, crop, flip, augment: see `CocoData`.
@@ -219,9 +237,11 @@ class MaskFolderData(FolderData):
             self.root,
             self.splits[split],
             classes,
+            also=[self.splits[other] for other in SPLITS],
             endings=self.endings,
             training=split == "train",
             workers=self.num_workers,
+            max_pixels=self.reading["max_pixels"],
             follow_symlinks=self.follow_symlinks,
         )
 

@@ -1,5 +1,6 @@
 """What a dataset in another form than COCO's holds, and its COCO file, made once and kept up to date."""
 
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import msgspec
 from resnext_backbones.errors import UsageError
 from tasks.data.faults import Fault, counted
 
+DIGITS = 12  # of the digest, in a file's name
 VERSION = 1  # raised whenever the same sources give another file
 
 
@@ -110,13 +112,13 @@ def coco_file(source: Source, cache: Path | None) -> tuple[Path, str]:
     It is `annotations/{kind}_{split}-{digest}.json` below the dataset's folder, or, where nothing can be
     written there, below `cache`: another file for other sources, so that a run that is under way keeps its
     own. It appears whole or not at all, also when two processes write it at once. Returns its path and what
-    is to be said about it.
+    is to be said about it. Files of other sources stay, since nobody knows which run still evaluates with
+    them; they are counted.
 
     Raises:
         UsageError: it can be written nowhere; there is a file of that name with something else in it.
     """
-    name = "all" if source.split == "." else source.split.replace("/", "-")
-    below = Path("annotations") / f"{source.kind}_{name}-{source.digest[:12]}.json"
+    below = Path("annotations") / f"{_stem(source)}-{source.digest[:DIGITS]}.json"
     places = [folder / below for folder in (source.root, cache) if folder is not None]
     for path in places:
         made = _existing(path, source)
@@ -141,8 +143,13 @@ def coco_file(source: Source, cache: Path | None) -> tuple[Path, str]:
         return path, _text(source, path, made)
     raise UsageError(
         f"{places[0]}: the COCO file made from {source.root} cannot be written ({reason}); make the folder "
-        "writable"
+        "writable, or give one that is: data.cache=FOLDER"
     )
+
+
+def _stem(source: Source) -> str:
+    """What the names of all COCO files of a split begin with."""
+    return f"{source.kind}_{'all' if source.split == '.' else source.split.replace('/', '-')}"
 
 
 def _existing(path: Path, source: Source) -> _Made | None:
@@ -172,6 +179,9 @@ def _write(path: Path, text: str) -> None:
 
 def _text(source: Source, path: Path, made: _Made) -> str:
     lines = [f"{source.split} of {source.root}: {made.summary}; as a COCO file: {path}", *made.notes]
+    others = len(list(path.parent.glob(f"{glob.escape(_stem(source))}-{'[0-9a-f]' * DIGITS}.json"))) - 1
+    if others:
+        lines.append(f"kept {counted(others, 'file')} beside it, made of the same split in another state")
     return "\n  ".join(lines)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 
 MAX_PIXELS = 100_000_000
-IGNORED = 255  # in class maps: pixels that are neither learned from nor judged, as everywhere
+# Of class maps: pixels that are neither learned from nor judged; the class of what belongs to no object.
+IGNORED, BACKGROUND = 255, "background"
 
 # Only these are tried: some of Pillow's other readers start programs (EPS) or are hardly ever tested.
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")
@@ -32,10 +33,15 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = _TURNS | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # to how it was stored
 _TRANSPOSED = (5, 6, 7, 8)  # those that swap height and width
 _pillow_limit = threading.Lock()
 
 Size = tuple[int, int]
+
+
+class WrongSize(UsageError):
+    """An image of another size than what belongs to it."""
 
 
 def decode(
@@ -62,20 +68,37 @@ def decode(
             size where each side stays at least twice that long; the result is then smaller than `size_hw`.
 
     Raises:
-        UsageError: the file is missing, empty, damaged, no image, too large, of another size than `size_hw`,
-            or has more than 8 bits and no `bit_depth`.
+        UsageError: the file is missing, empty, damaged, no image, too large, of another size than `size_hw`
+            (`WrongSize`), or has more than 8 bits and no `bit_depth`.
     """
+    return decode_and_measure(path, size_hw, max_pixels=max_pixels, bit_depth=bit_depth, at_least=at_least)[0]
+
+
+def decode_and_measure(
+    path: Path | str,
+    size_hw: Size | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    bit_depth: int | None = None,
+    at_least: Size | None = None,
+) -> tuple[Tensor, Size]:
+    """As `decode`, and height and width of the whole image, for one that `at_least` makes smaller."""
     path = Path(path)
     with opened(path, max_pixels) as image:
         deep = _is_deep_colour(image)  # first of all: no longer to be seen once EXIF made Pillow decode
-        orientation = _orientation(path, image, size_hw)
+        by_pillow = _turned_by_pillow(image)
+        stored = _turned((image.height, image.width), by_pillow)
+        orientation = _orientation(path, image, stored, size_hw)
+        whole = _turned(stored, orientation)
         if at_least is not None:
             height, width = at_least[::-1] if orientation in _TRANSPOSED else at_least
             image.draft(None, (2 * width, 2 * height))
         rgb = _to_rgb(path, image, deep, bit_depth)
+        if by_pillow in _BACK:
+            rgb = rgb.transpose(_BACK[by_pillow])
         if orientation in _TURNS:
             rgb = rgb.transpose(_TURNS[orientation])
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), whole
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> Size:
@@ -85,8 +108,8 @@ def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> Size:
         UsageError: the file is missing, no image, or has more than `max_pixels`.
     """
     with opened(path, max_pixels) as image:
-        turned = _orientation(path, image, None) in _TRANSPOSED
-        return (image.width, image.height) if turned else (image.height, image.width)
+        stored = _turned((image.height, image.width), _turned_by_pillow(image))
+        return _turned(stored, _orientation(path, image, stored, None))
 
 
 @contextmanager
@@ -127,18 +150,26 @@ def _open(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         yield image
 
 
-def _orientation(path: Path, image: Image.Image, size_hw: Size | None) -> int:
+def _turned_by_pillow(image: Image.Image) -> int:
+    """The EXIF orientation that Pillow undoes by itself while it decodes, as it does of TIFF only; else 1."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 1
+
+
+def _orientation(path: Path, image: Image.Image, stored: Size, size_hw: Size | None) -> int:
     """The EXIF orientation to undo so that the annotations fit; 1 for none."""
-    stored = (image.height, image.width)
     if stored == size_hw:
         return 1
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     if size_hw is None or (stored[::-1] == tuple(size_hw) and orientation in _TRANSPOSED):
         return orientation
-    raise UsageError(
+    raise WrongSize(
         f"{path}: the image has height×width {stored[0]}×{stored[1]} (EXIF orientation {orientation}), its "
         f"annotations {size_hw[0]}×{size_hw[1]}; correct `height` and `width`, or restore the image"
     )
+
+
+def _turned(size: Size, orientation: int) -> Size:
+    return size[::-1] if orientation in _TRANSPOSED else size
 
 
 def _is_deep_colour(image: Image.Image) -> bool:

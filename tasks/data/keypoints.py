@@ -1,8 +1,9 @@
 """What keypoints are called, how they are joined and mirrored, and how precisely they are annotated."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -14,6 +15,9 @@ from tasks.data.annotations import CocoAnnotations
 from tasks.data.faults import NAMED, listed
 
 FARTHEST = 1e9  # pixels, as for boxes
+TO_CENTRE = (0.5, 0.5, 0.0)
+"""Added to x, y and visibility of COCO's files, which count pixels 0…W - 1, it gives continuous coordinates,
+0…W; of results it is taken off (Detectron2's `data/datasets/coco.py` and `evaluation/coco_evaluation.py`)."""
 
 # https://cocodataset.org/#keypoints-eval
 COCO_NAMES = (
@@ -29,13 +33,15 @@ class Skeleton:
 
     names: K. edges: pairs of indices from 0, drawn as lines. mirror: what stands at each place after the
     image is flipped left to right, a permutation of 0…K - 1. sigmas: the spread of each, as a share of the
-    object's size, by which object keypoint similarity (OKS) judges a distance.
+    object's size, by which object keypoint similarity (OKS) judges a distance. mirrored_by: where `mirror`
+    comes from: pairs that were given, names with left and right, or nothing at all, so that it is 0…K - 1.
     """
 
     names: tuple[str, ...]
     edges: tuple[tuple[int, int], ...]
     mirror: tuple[int, ...]
     sigmas: tuple[float, ...]
+    mirrored_by: Literal["given", "names", "nothing"]
 
 
 def skeleton_of(annotations: CocoAnnotations, given: Mapping[str, Any] | None = None) -> Skeleton:
@@ -45,7 +51,8 @@ def skeleton_of(annotations: CocoAnnotations, given: Mapping[str, Any] | None = 
         annotations: its categories may carry `keypoints`, `skeleton`, `flip_pairs` and `sigmas`; those that
             have keypoints must agree. Pairs count from 1, as in COCO.
         given: the same under the names `names`, `skeleton`, `flip_pairs`, `sigmas` (`data.keypoints`).
-            Without flip pairs, names that differ only by "left" and "right" are mirrored.
+            Without flip pairs, names that differ only by left and right are mirrored (`mirrored_name`); an
+            empty list, here or there, says that there are none.
 
     Raises:
         UsageError: no category has keypoints; categories disagree; an index or a number is wrong; there are
@@ -70,7 +77,8 @@ def skeleton_of(annotations: CocoAnnotations, given: Mapping[str, Any] | None = 
             "data.keypoints.names=[…]"
         )
     edges = said.get("skeleton", first.skeleton if first else ())
-    flips = said.get("flip_pairs", (first.flip_pairs if first else None) or _sides(names))
+    given_flips = said.get("flip_pairs", first.flip_pairs if first else None)
+    flips = _sides(names) if given_flips is None else given_flips
     sigmas = said.get("sigmas", (first.sigmas if first else None) or _coco_sigmas(names))
     where = f"{annotations.path}: keypoints {listed(names)}"
     if sigmas is None:
@@ -88,6 +96,7 @@ def skeleton_of(annotations: CocoAnnotations, given: Mapping[str, Any] | None = 
         tuple((a - 1, b - 1) for a, b in edges),
         _mirror(flips, len(names), where),
         tuple(float(sigma) for sigma in sigmas),
+        "given" if given_flips is not None else "names" if flips else "nothing",
     )
 
 
@@ -110,8 +119,18 @@ def _is_pair(value: Any, number: int) -> bool:
 def _sides(names: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of names that differ only by left and right; from 1."""
     lower = [name.lower() for name in names]
-    twins = [(name, name.replace("left", "right")) for name in lower if "left" in name]
-    return [(lower.index(a) + 1, lower.index(b) + 1) for a, b in twins if b in lower]
+    twins = [(name.lower(), mirrored_name(name)) for name in names]
+    return [(lower.index(a) + 1, lower.index(b) + 1) for a, b in twins if a != b and b in lower]
+
+
+def mirrored_name(name: str) -> str:
+    """A keypoint's name in lower case with right for left: left_eye, leftEye, l_eye, eye.L, LEye, …
+
+    A single l counts where it stands alone, between other characters than letters or before or after a
+    capital.
+    """
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^A-Za-z]+", name)
+    return "".join("r" if part in "lL" else part.lower().replace("left", "right") for part in parts)
 
 
 def _coco_sigmas(names: Sequence[str]) -> list[float] | None:
@@ -130,7 +149,8 @@ def _mirror(pairs: Sequence[Sequence[int]], number: int, where: str) -> tuple[in
 def poses(annotations: CocoAnnotations, number: int) -> Tensor:
     """The keypoints of all annotations, float32 [N, K, 3]: x, y, visibility (0 no label, 1 hidden, 2 seen).
 
-    Zeros where an annotation has none.
+    x and y are continuous as those of boxes are: the centre of the pixel that the file names (`TO_CENTRE`).
+    Zeros where there is no label, and where an annotation has no keypoints.
 
     Raises:
         UsageError: annotations with another number of keypoints than `number`, or with none that can be read.
@@ -158,4 +178,4 @@ def poses(annotations: CocoAnnotations, number: int) -> Tensor:
             f"{annotations.path}: keypoints that are not {number} times x, y, visibility: "
             f"{listed(wrong[:NAMED], len(wrong))}; correct them or give data.keypoints.names=[…]"
         )
-    return rows
+    return (rows + rows.new_tensor(TO_CENTRE)).where(rows[..., 2:] > 0, 0)

@@ -1,30 +1,21 @@
 """Images with one PNG a picture that holds the class of each pixel: data for semantic segmentation."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from rich.table import Table
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import Packed
 from tasks.data.faults import Fault, counted, fault, listed
-from tasks.data.images import IGNORED, MAX_PIXELS, decode, opened
-from tasks.data.inspection import Inspection, pixel_statistics, pixels_of
+from tasks.data.images import IGNORED, MAX_PIXELS, opened
 from tasks.data.pool import Crashed, spread
-from tasks.data.transforms import nearest
 from tasks.data.tree import left_out, listing, no_folder, progress_bar, suffix
-from tasks.pictures import draw_classes
 
 MASK_SUFFIXES = frozenset((".png", ".bmp", ".tif", ".tiff"))  # without loss; JPEG would invent classes
 LAYOUTS = (  # image folder and mask folder of a split
@@ -34,7 +25,6 @@ LAYOUTS = (  # image folder and mask folder of a split
 )
 SECONDS_PER_MASK = 120.0
 
-Sample = tuple[Tensor, dict[str, Any]]
 Split = str | Mapping[str, str]
 
 
@@ -103,9 +93,11 @@ def read_mask_folders(
     split: Split,
     classes: Sequence[str] | None = None,
     *,
+    also: Sequence[Split] = (),
     endings: tuple[str, str] = ("", ""),
     training: bool = False,
     workers: int = 1,
+    max_pixels: int = MAX_PIXELS,
     follow_symlinks: bool = False,
 ) -> MaskFolders:
     """Pairs the images of a split with their masks, by path without ending, and finds the classes' names.
@@ -118,18 +110,40 @@ def read_mask_folders(
             (Cityscapes' cities) must be the same in both.
         classes: the names of the classes 0…K-1. Without it, the lines of `root/classes.txt`; without that,
             every mask is read, and the classes up to the largest value are called "class 0", "class 1", ….
+        also: other splits whose masks are then read too, for a class that this one lacks.
         endings: of the names of images and of masks without their suffix, where they differ. For Cityscapes
             ("_leftImg8bit", "_gtFine_labelTrainIds"); files without such an ending are not looked at.
-        training: images without a mask are an error; otherwise they are left out, counted and named.
+        training: images without a mask are an error; otherwise they are left out, counted and named. Masks
+            are read until one shows a class above 0.
         workers: processes that read masks to find the classes.
+        max_pixels: larger masks are refused.
         follow_symlinks: links may lead out of the folders and out of `root`.
 
     Raises:
         UsageError: a folder is missing; there is no pair; an image or a mask has two partners; masks are
             JPEG; an image has no mask (in training); the classes' names are unusable; a mask cannot be read
-            while looking for classes; links lead out.
+            while looking for classes; no mask holds another value than 0 and 255; links lead out.
     """
     root = Path(root)
+    pairs = partial(_pairs, root, endings=endings, follow_symlinks=follow_symlinks)
+    found = pairs(split, training=training)
+    names = _names(root, classes)
+    if not names:
+        others = [pairs(other) for k, other in enumerate(also) if other not in (split, *also[:k])]
+        masks = [folders.mask_path(k) for folders in (found, *others) for k in range(len(folders))]
+        names = [f"class {value}" for value in range(_largest_of(masks, workers, max_pixels) + 1)]
+    if len(names) < 2 or (training and _only_ignored(found, max_pixels)):
+        raise UsageError(
+            f"{found.masks}: the masks hold no value but 0 and {IGNORED}, which is ignored; write 1 in place "
+            f"of {IGNORED}, and 0 for the background"
+        )
+    return replace(found, names=names)
+
+
+def _pairs(
+    root: Path, split: Split, *, endings: tuple[str, str], training: bool = False, follow_symlinks: bool
+) -> MaskFolders:
+    """The images of a split and their masks; the names are still missing."""
     images, masks = _folders(root, split)
     image_tree, mask_tree = (
         listing(folder, (root, folder), follow_symlinks=follow_symlinks) for folder in (images, masks)
@@ -155,13 +169,10 @@ def read_mask_folders(
         *fault("without an image", "left out", "mask", imageless),
         *left_out([*other_images, *other_masks], [*image_tree.odd, *mask_tree.odd]),
     ]
-    names = _names(root, classes)
-    if not names:
-        names = _counted_names([masks / mask_of[stem] for stem in pairs], workers)
     return MaskFolders(
         path=images,
         masks=masks,
-        names=names,
+        names=[],
         image_files=Packed.of([os.fsencode(image_of[stem]) for stem in pairs]),
         mask_files=Packed.of([os.fsencode(mask_of[stem]) for stem in pairs]),
         faults=tuple(faults),
@@ -244,151 +255,40 @@ def _names(root: Path, classes: Sequence[str] | None) -> list[str]:
     return list(classes)
 
 
-def _counted_names(masks: Sequence[Path], workers: int) -> list[str]:
+def _largest_of(masks: Sequence[Path], workers: int, max_pixels: int) -> int:
+    """The largest value in all masks, but for `IGNORED`."""
     largest = 0
     with progress_bar() as progress:
         bar = progress.add_task("looking for classes in the masks", total=len(masks))
-        for number, found in spread(_largest, masks, workers, SECONDS_PER_MASK):
+        look = partial(_largest, max_pixels=max_pixels)
+        for number, found in spread(look, masks, workers, SECONDS_PER_MASK):
             if isinstance(found, Crashed):
                 raise UsageError(f"{masks[number]}: the mask cannot be read: {found}")
             largest = max(largest, found)
             progress.advance(bar)
-    if largest == 0:
-        raise UsageError(
-            f"{masks[0].parent}: the masks hold no value but 0 and {IGNORED}, which is ignored; write "
-            "0, 1, … for the classes, the background being one of them"
-        )
-    return [f"class {value}" for value in range(largest + 1)]
+    return largest
 
 
-def _largest(path: Path) -> int:
-    mask = read_mask(path)
-    return int(mask.max(initial=0, where=mask != IGNORED))
+def _only_ignored(folders: MaskFolders, max_pixels: int) -> bool:
+    """Whether `IGNORED` is the only value above 0: two classes are often written as 0 and 255.
 
-
-class MaskImages(Dataset):
-    """The images of a split with their masks, decoded but not resized.
-
-    Sample: an image, uint8 [3, H, W], RGB, and a dict:
-        semantic: `tv_tensors.Mask`, uint8 [H, W], 0…K-1, and 255 where ignored.
-        image_id: int, the index. original_size: height and width (ints) of the mask as it is stored.
-        original_semantic: uint8 [H0, W0], the mask as it is stored; in evaluation only.
-
-    Args:
-        annotations: from `read_mask_folders`.
-        split: its name, for errors.
-        training: without `original_semantic`.
-        max_pixels: larger images and masks are refused.
-        bit_depth: for 16-bit images, the number of bits that are in use.
-
-    Raises:
-        UsageError: on access, named with split, index and file: an image or mask that cannot be decoded; a
-            mask of another size than its image; values that are no class.
+    One mask with a class above 0 proves the contrary. They are looked at in random order, since those of
+    empty images may come first by name.
     """
+    ignored = False
+    with progress_bar() as progress:
+        shuffled = random.Random(0).sample(range(len(folders)), len(folders))
+        for index in progress.track(shuffled, description="looking for classes in the masks"):
+            mask = read_mask(folders.mask_path(index), max_pixels=max_pixels)
+            if _largest_class(mask) > 0:
+                return False
+            ignored = ignored or bool((mask == IGNORED).any())
+    return ignored
 
-    def __init__(
-        self,
-        annotations: MaskFolders,
-        split: str,
-        *,
-        training: bool,
-        max_pixels: int = MAX_PIXELS,
-        bit_depth: int | None = None,
-    ) -> None:
-        self.annotations, self.split, self.training = annotations, split, training
-        self.max_pixels, self.bit_depth = max_pixels, bit_depth
 
-    def __len__(self) -> int:
-        return len(self.annotations)
+def _largest(path: Path, max_pixels: int) -> int:
+    return _largest_class(read_mask(path, max_pixels=max_pixels))
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.load(index)
 
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Height and width, from the header of the mask."""
-        with self._named(index), opened(self.annotations.mask_path(index), self.max_pixels) as mask:
-            return mask.height, mask.width
-
-    def load(self, index: int, at_least: tuple[int, int] | None = None) -> Sample:
-        """The sample.
-
-        at_least: the height and width it will be resized to. A JPEG is then decoded at a fraction of its
-        size, as `images.decode` says, and its mask is brought to that size, each pixel the nearest one.
-        """
-        with self._named(index):
-            mask = self._mask(index)
-            self._same_size(index, mask.shape)
-            image = decode(
-                self.annotations.image_path(index),
-                mask.shape,
-                max_pixels=self.max_pixels,
-                bit_depth=self.bit_depth,
-                at_least=at_least,
-            )
-        original = torch.from_numpy(mask)
-        size = (image.shape[-2], image.shape[-1])
-        target = {
-            "semantic": tv_tensors.Mask(original.clone()) if size == mask.shape else nearest(original, size),
-            "image_id": index,
-            "original_size": (mask.shape[0], mask.shape[1]),
-        }
-        if not self.training:
-            target["original_semantic"] = original
-        return tv_tensors.Image(image), target
-
-    def _mask(self, index: int) -> NDArray[np.uint8]:
-        path, number = self.annotations.mask_path(index), len(self.annotations.names)
-        mask = read_mask(path, max_pixels=self.max_pixels)
-        unknown = (mask >= number) & (mask != IGNORED)
-        if unknown.any():
-            values, counts = np.unique(mask[unknown], return_counts=True)
-            named = listed([f"{v} ({counted(int(n), 'pixel')})" for v, n in zip(values, counts, strict=True)])
-            raise UsageError(
-                f"{path}: values that are no class: {named}; the {number} classes are 0 to {number - 1}, and "
-                f"{IGNORED} is ignored"
-            )
-        return mask
-
-    def _same_size(self, index: int, size: tuple[int, ...]) -> None:
-        path = self.annotations.image_path(index)
-        with opened(path, self.max_pixels) as image:
-            stored = (image.height, image.width)
-        # a mask may have been made from the image as it is shown, turned by its EXIF orientation
-        if size not in (stored, stored[::-1]):
-            raise UsageError(
-                f"{path} has height×width {stored[0]}×{stored[1]}, but its mask "
-                f"{self.annotations.mask_path(index)} {size[0]}×{size[1]}; make both of one size"
-            )
-
-    def image_id(self, index: int) -> int:
-        return index
-
-    def name(self, index: int) -> str:
-        """What to call an image in an error: its number and its file."""
-        return f"image {index} {self.annotations.file_name(index)!r}"
-
-    @contextmanager
-    def _named(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except UsageError as error:
-            raise UsageError(f"{self.split}: {self.name(index)}: {error}") from None
-
-    # For `tasks.data.check`.
-
-    def inspect(self, index: int) -> Inspection:
-        _, target = self.load(index)
-        return Inspection(pixels=pixels_of(target["semantic"]))
-
-    def unjudgeable(self) -> list[str]:
-        return []
-
-    def statistics(self, inspections: Sequence[Inspection]) -> list[Table | str]:
-        return pixel_statistics(self.annotations.names, inspections)
-
-    def worth_showing(self) -> list[int]:
-        return list(range(len(self)))
-
-    def picture(self, image: Tensor, target: dict[str, Any]) -> Image.Image:
-        """A sample's image under the colours of its mask."""
-        return draw_classes(image, target["semantic"].as_subclass(Tensor), self.annotations.names)
+def _largest_class(mask: NDArray[np.uint8]) -> int:
+    return int(mask.max(initial=0, where=mask != IGNORED))

@@ -34,7 +34,9 @@ class ImageData(LightningDataModule):
             larger one.
         batch_size: images a batch of one process.
         num_workers: processes that load images; None: one a core, but one core is left to the training.
-        seed: of the order of images, of augmentation, and of the choice of a fraction.
+        seed: of the order of images and of augmentation.
+        split_seed: of the choice of a fraction and of what is held out, so that runs with several seeds are
+            judged on the same images.
         follow_symlinks: links in the image folders may lead out of them.
         max_pixels: larger images are refused (decompression bombs).
         bit_depth: for 16-bit images, the number of bits that are in use.
@@ -55,6 +57,7 @@ class ImageData(LightningDataModule):
         batch_size: int = 2,
         num_workers: int | None = None,
         seed: int = 0,
+        split_seed: int = 0,
         follow_symlinks: bool = False,
         max_pixels: int = MAX_PIXELS,
         bit_depth: int | None = None,
@@ -73,8 +76,8 @@ class ImageData(LightningDataModule):
             )
         self.root, self.target = Path(root), target
         self.val_fraction, self.fraction = val_fraction, fraction
-        self.batch_size, self.seed = batch_size, seed
-        self.num_workers = _workers() if num_workers is None else num_workers
+        self.batch_size, self.seed, self.split_seed = batch_size, seed, split_seed
+        self.num_workers = spare_cores() if num_workers is None else num_workers
         self.follow_symlinks = follow_symlinks
         self.reading: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth}
         self.worker_timeout = worker_timeout
@@ -127,7 +130,9 @@ class ImageData(LightningDataModule):
 
     def report(self) -> str:
         """What is known of each split without decoding an image, a line each, faults named."""
-        return start_report({split: self.annotations(split) for split in SPLITS})
+        return start_report(
+            {s: self.annotations(s) for s in SPLITS if not (s == "test" and self.test_is_val)}
+        )
 
     # Parts of a split.
 
@@ -147,7 +152,7 @@ class ImageData(LightningDataModule):
     def held_out(self, length: int, source: str, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Indices of those to train on and those held out, of `length` images; by class with `labels`."""
         assert self.val_fraction is not None
-        train, val = holdout(length, self.val_fraction, self.seed, labels)
+        train, val = holdout(length, self.val_fraction, self.split_seed, labels)
         if not len(train) or not len(val):
             raise UsageError(
                 f"{source}: {length} images cannot be split with data.val_fraction={self.val_fraction}"
@@ -234,6 +239,7 @@ def pair(name: str, values: Sequence[Any]) -> tuple[Any, Any]:
     return values[0], values[1]
 
 
-def _workers() -> int:
+def spare_cores() -> int:
+    """Processes that load images by default, 1…8: one a core, but one core is left to the network."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores - 1))

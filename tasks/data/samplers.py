@@ -51,16 +51,18 @@ class TrainSampler(Sampler[Item]):
     The epoch's samples are dealt out in turn (`order[rank::world_size]`), so that a global batch holds the
     same samples whatever the number of processes. They are filled up from their own start to whole global
     batches: every image is seen each epoch, every batch is full. An image that comes more than once in an
-    epoch comes as copy 0, 1, …, so that each is augmented differently.
+    epoch comes as copy 0, 1, …, so that each is augmented differently. In a batch of one process, taken as a
+    ring, copies of an image do not stand side by side unless they are half of it: `Mix` mixes neighbours.
 
     Args:
         length: images in the dataset.
         batch_size: images a batch of one process.
         seed, rank, world_size: see above.
         aspect: width by height of each image, float [length]. A global batch then holds images wider than
-            high or others, never both, since a mixed one would be mostly padding (Detectron2's
-            `AspectRatioGroupedDataset`); each kind is filled up to whole batches of its own, and the batches
-            of both come in random order.
+            high or others, since a mixed one would be mostly padding (Detectron2's
+            `AspectRatioGroupedDataset`). What is left of both kinds shares one batch, at most two, and all
+            batches come in random order: an epoch is as long as without, but for rounding, and images of a
+            rare kind are not seen more often than others.
         repeat_factors: how often an epoch shows each image on average, float64 [length], each at least 1;
             see `repeat_factors`. An epoch's length is their sum, rounded, the same every epoch.
         repeats: so many copies of an image stand in the same global batch (repeated augmentation: Hoffer et
@@ -98,7 +100,7 @@ class TrainSampler(Sampler[Item]):
         self.factors, self.repeats = repeat_factors, repeats
         self.epoch = 0
         self._resume_at: Position = (0, 0)
-        self.batches = sum(-(-self._seen(kind) * repeats // self.global_batch) for kind in self.kinds)
+        self.batches = -(-sum(self._seen(kind) for kind in self.kinds) * repeats // self.global_batch)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -114,26 +116,30 @@ class TrainSampler(Sampler[Item]):
     def __iter__(self) -> Iterator[Item]:
         images, epoch = self.global_batches().flatten(), self.epoch
         share = torch.stack([occurrence(images), images], dim=1)[self.rank :: self.world_size]
+        share = share.view(-1, self.batch_size, 2)[:, halves_in_turns(self.batch_size)].flatten(0, 1)
         interrupted, batch = self._resume_at
         first = batch * self.batch_size if epoch == interrupted else 0
         return ((epoch, copy, index) for copy, index in share[first:].tolist())
 
     def global_batches(self) -> Tensor:
-        """The epoch's images of all processes, int64 [batches, global batch]."""
-        batches = torch.cat([self._batches_of(kind) for kind in self.kinds])
+        """The epoch's images of all processes, int64 [batches, global batch], equal ones side by side."""
+        number = self.global_batch // self.repeats  # of different images in a batch
+        kinds = [self._images_of(kind) for kind in self.kinds]
+        whole, rest = zip(*(k.tensor_split([len(k) // number * number]) for k in kinds), strict=True)
+        images = torch.cat([*whole, *rest])
+        filled = torch.arange(self.batches * number) % len(images)
+        filled = filled.view(-1, number).sort(dim=1).values  # there may be fewer images than fit a batch
+        batches = images[filled].repeat_interleave(self.repeats, dim=1)
         if len(self.kinds) == 1:
             return batches
         return batches[permutation(len(batches), self.seed, self.epoch, BATCHES)]
 
-    def _batches_of(self, kind: Tensor) -> Tensor:
+    def _images_of(self, kind: Tensor) -> Tensor:
         # With r repeats an order serves r epochs, each of which takes its part of it, fill-ups included
         cycle, part = divmod(self.epoch, self.repeats)
         order = self._order(kind, cycle)
         seen = self._seen(kind)
-        taken = order[torch.arange(part * seen, (part + 1) * seen) % len(order)]
-        copies = taken.repeat_interleave(self.repeats)
-        filled = torch.arange(-(-len(copies) // self.global_batch) * self.global_batch) % len(copies)
-        return copies[filled].view(-1, self.global_batch)
+        return order[torch.arange(part * seen, (part + 1) * seen) % len(order)]
 
     def _order(self, kind: Tensor, cycle: int) -> Tensor:
         """All images of a kind in random order, as often as their factors say."""
@@ -150,6 +156,15 @@ class TrainSampler(Sampler[Item]):
     def _seen(self, kind: Tensor) -> int:
         """How many images of a kind an epoch shows, each `repeats` times."""
         return -(-self._length(kind) // self.repeats)
+
+
+def halves_in_turns(number: int) -> Tensor:
+    """The first, the first of the second half, the second, …: 5 gives [0, 3, 1, 4, 2].
+
+    Entries that stood side by side, less than half of all, are then no neighbours, the last and the first
+    counted as such too.
+    """
+    return torch.argsort(torch.arange(number) % -(-number // 2), stable=True)
 
 
 def occurrence(values: Tensor) -> Tensor:

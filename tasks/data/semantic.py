@@ -9,19 +9,17 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import CocoAnnotations
 from tasks.data.faults import listed
-from tasks.data.images import IGNORED
+from tasks.data.images import IGNORED, MAX_PIXELS
 from tasks.data.mask_folders import read_mask
-from tasks.data.segmentations import render, segmentation_fault
-
-BACKGROUND = "background"  # class 0 of maps that are painted from instances
+from tasks.data.segmentations import render
 
 
 def class_map(annotations: CocoAnnotations, index: int) -> Tensor:
     """Paints an image's instances, uint8 [H, W] of the size that the file gives.
 
     0 is background, k the class with label k. Crowds are `IGNORED`; then instances are painted by their area,
-    the largest first, so that small things on large ones stay in sight. Instances without a segmentation that
-    can be drawn are not painted.
+    the largest first, so that small things on large ones stay in sight. Of an instance without a segmentation
+    that can be drawn its box is `IGNORED`: something is there.
     """
     height, width = annotations.image_size(index)
     drawn = torch.zeros(height, width, dtype=torch.uint8)
@@ -29,15 +27,17 @@ def class_map(annotations: CocoAnnotations, index: int) -> Tensor:
     crowd = annotations.crowd[rows]
     by_size = rows[~crowd][annotations.areas[rows[~crowd]].argsort(descending=True, stable=True)]
     for row in [*rows[crowd].tolist(), *by_size.tolist()]:
-        segmentation = annotations.segmentations[row]
-        if not segmentation or segmentation_fault(segmentation, height, width):
-            continue
-        mask = render(segmentation, (height, width), (height, width)).bool()
+        mask = render(annotations.segmentations[row], (height, width), (height, width)).bool()
         drawn[mask] = IGNORED if annotations.crowd[row] else int(annotations.all_labels[row])
+        if not mask.any():
+            x, y, w, h = annotations.xywh[row].round().long().tolist()
+            drawn[max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)] = IGNORED
     return drawn
 
 
-def read_class_map(path: Path, annotations: CocoAnnotations, size: tuple[int, int]) -> Tensor:
+def read_class_map(
+    path: Path, annotations: CocoAnnotations, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """A PNG file whose values are category ids of the annotation file, as uint8 [H, W] of classes 0…K - 1.
 
     Other values are `IGNORED` where they are 0 (COCO's "unlabeled") or 255.
@@ -45,7 +45,7 @@ def read_class_map(path: Path, annotations: CocoAnnotations, size: tuple[int, in
     Raises:
         UsageError: the file is missing or damaged, of another size than `size`, or holds other values.
     """
-    values = read_mask(path)
+    values = read_mask(path, max_pixels=max_pixels)
     if values.shape != size:
         raise UsageError(f"{path}: {values.shape[0]}×{values.shape[1]}, its image is {size[0]}×{size[1]}")
     classes = np.full(256, IGNORED, dtype=np.uint8)

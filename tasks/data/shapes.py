@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from resnext_backbones.errors import UsageError
 from tasks.data.images import IGNORED
+from tasks.data.keypoints import TO_CENTRE
 from tasks.data.outlines import box, polygons, runs
 from tasks.data.shapes_draw import CLASSES, SPLITS, Scene, Shape, scene
 from tasks.pictures import class_colour
@@ -31,7 +32,7 @@ KEYPOINTS = ("top", "right", "bottom", "left", "centre")
 SKELETON = ((1, 5), (2, 5), (3, 5), (4, 5))  # 1-based, as COCO has it
 SIGMAS = (0.05,) * len(KEYPOINTS)  # as precise as the eyes and wrists of COCO's people
 
-VERSION = 2  # raised whenever the same seed gives other files
+VERSION = 3  # raised whenever the same seed gives other files
 MIN_IMAGE_SIZE = 32  # pixels; in less there is no room for shapes on one another
 CUTTINGS = 2  # shapes of a scene that are cut out for the class folders, at most
 CUTTING_SIZE = 64  # pixels
@@ -45,7 +46,8 @@ STALE_SECONDS = 3600  # a write takes seconds, so what is older was left by one 
 def _keypoints(shape: Shape, above: NDArray[np.bool_]) -> list[float]:
     """x, y, v of the outline's extreme points and its centre; v: 0 outside the image, 1 hidden, 2 in sight.
 
-    The extremes are those in the picture (its top is up), since turned shapes have no top of their own.
+    The extremes are those in the picture (its top is up), since turned shapes have no top of their own. x and
+    y are COCO's, 0 at the centre of the first pixel; what lies in its outer half is moved there.
     """
     x, y = shape.loops[0].T
     extremes = [shape.loops[0][i] for i in (y.argmin(), x.argmax(), y.argmax(), x.argmin())]
@@ -59,7 +61,8 @@ def _keypoints(shape: Shape, above: NDArray[np.bool_]) -> list[float]:
         column, row = (point + inwards * min(1.0, 1.5 / max(float(np.linalg.norm(inwards)), 1e-9))).astype(
             int
         )
-        result += [*np.round(point, 1).tolist(), 1 if above[row, column] else 2]
+        x_y = np.round(point - TO_CENTRE[:2], 1).clip(0)
+        result += [*x_y.tolist(), 1 if above[row, column] else 2]
     return result
 
 

@@ -1,15 +1,15 @@
 """From a decoded image and its target to what a network is fed: one resize, augmentation, one padded batch.
 
 Coordinates are continuous: pixel (0, 0) covers 0…1, an image of width W ends at x = W, and mirroring takes x
-to W - x, for boxes and keypoints alike.
+to W - x, for boxes and keypoints alike (which COCO's files count otherwise: `keypoints.TO_CENTRE`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
@@ -185,10 +185,11 @@ class Prepared(Dataset):
         augment: transforms of torchvision's v2 and `HorizontalFlip` in their order; empty for evaluation.
         training: whether to jitter, crop, augment and clean. In evaluation every object is kept.
         seed: random numbers of a sample depend on it, the epoch, the copy and the index, on nothing else.
+        posed: whether the targets have keypoints, whose left and right a flip has to swap.
 
     Raises:
-        UsageError: a size or a factor is not positive; on access: a transform of `augment` would leave left
-            and right keypoints unswapped.
+        UsageError: a size or a factor is not positive; a transform of `augment`, or one within it, would
+            leave left and right keypoints unswapped.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class Prepared(Dataset):
         augment: Sequence[v2.Transform] = (),
         seed: int = 0,
         training: bool = False,
+        posed: bool = False,
     ) -> None:
         short, self.long = size
         self.shorts = [short] if isinstance(short, int | float) else list(short)
@@ -210,6 +212,8 @@ class Prepared(Dataset):
             raise UsageError(f"data.jitter={list(jitter)}: two factors above 0 are wanted, the smaller first")
         if crop is not None and min(crop) < 1:
             raise UsageError(f"data.crop={list(crop)}: a height and a width of at least one pixel are wanted")
+        if posed:
+            refuse_plain_flips(augment)
         self.dataset, self.jitter, self.crop = dataset, jitter, crop
         self.seed, self.training = seed, training
         self.augment, self.clean = list(augment), Clean(tighten=crop is not None)
@@ -259,8 +263,6 @@ class Prepared(Dataset):
         return image, target
 
     def _augmented(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if "keypoints" in target:
-            refuse_plain_flips(self.augment)
         # Transforms fill what they uncover with zeros; so zero means ignored while they are at it
         if "semantic" in target:
             target["semantic"] = tv_tensors.wrap(target["semantic"] + 1, like=target["semantic"])
@@ -299,8 +301,10 @@ def nearest(semantic: Tensor, size: Size) -> tv_tensors.Mask:
     return tv_tensors.Mask(F.resize(classes, list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0])
 
 
-def refuse_plain_flips(transforms: Sequence[v2.Transform]) -> None:
+def refuse_plain_flips(transforms: Iterable[nn.Module]) -> None:
     for transform in transforms:
+        if isinstance(transform, v2.Compose | v2.RandomApply | v2.RandomChoice | v2.RandomOrder):
+            refuse_plain_flips(transform.transforms)
         if isinstance(transform, v2.RandomHorizontalFlip | v2.RandomVerticalFlip):
             raise UsageError(
                 f"data.augment: {type(transform).__name__} leaves left and right keypoints unswapped; use "

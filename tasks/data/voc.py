@@ -45,7 +45,13 @@ class _File:
 
 
 def voc(
-    root: Path, split: str, classes: Sequence[str] | None, *, one_based: bool, follow_symlinks: bool
+    root: Path,
+    split: str,
+    classes: Sequence[str] | None,
+    *,
+    one_based: bool,
+    max_pixels: int,
+    follow_symlinks: bool,
 ) -> Source:
     """Finds a split's files; see `tasks.data.convert.convert_voc`."""
     root = _development_kit(root)
@@ -65,7 +71,7 @@ def voc(
     ]
     for path, text in texts.items():
         parts += [path, text]
-    read = partial(_document, root, split, annotations, images, texts, given, one_based)
+    read = partial(_document, root, split, annotations, images, texts, given, one_based, max_pixels)
     return Source("voc", root, split, digest(parts), read)
 
 
@@ -177,6 +183,7 @@ def _document(
     texts: dict[str, bytes],
     given: list[str] | None,
     one_based: bool,
+    max_pixels: int,
 ) -> Document:
     files = _parsed(root, texts)
     classes = given or sorted({thing.name for file in files.values() for thing in file.objects})
@@ -205,7 +212,7 @@ def _document(
         file = files[annotations[name]]
         if file.size is None:
             measured.append(images[name])
-        document.add_image(images[name], *(file.size or image_size(root / images[name])))
+        document.add_image(images[name], *(file.size or image_size(root / images[name], max_pixels)))
         for thing in file.objects:
             x1, y1, x2, y2 = thing.corners
             if one_based:

@@ -28,7 +28,7 @@ FARTHEST = 2.0  # a share beyond this is none: the numbers are pixels
 Line = tuple[int, list[float]]  # the class from 0, and what follows it
 
 
-def yolo(root: Path, split: str, *, follow_symlinks: bool) -> Source:
+def yolo(root: Path, split: str, *, max_pixels: int, follow_symlinks: bool) -> Source:
     """Finds a split's files; see `tasks.data.convert.convert_yolo`."""
     path = _description(root)
     root = path.parent
@@ -43,7 +43,7 @@ def yolo(root: Path, split: str, *, follow_symlinks: bool) -> Source:
     parts: list[bytes | str] = [split, text, *spare]
     for image, label in texts.items():
         parts += [image, str((root / image).stat().st_size), b"\0" if label is None else label]
-    read = partial(_document, root, names, texts, labels, spare)
+    read = partial(_document, root, names, texts, labels, spare, max_pixels)
     return Source("yolo", root, split, digest(parts), read)
 
 
@@ -211,13 +211,14 @@ def _document(
     texts: Mapping[str, bytes | None],
     labels: Mapping[str, str],
     spare: Sequence[str],
+    max_pixels: int,
 ) -> Document:
     lines = _parsed(root, names, texts, labels)
     document = Document([{"id": k, "name": name} for k, name in enumerate(names, start=1)])
     shared = sorted(label for label, number in Counter(labels.values()).items() if number > 1)
     with progress_bar() as progress:
         for image in progress.track(texts, description="measuring images"):
-            height, width = image_size(root / image)
+            height, width = image_size(root / image, max_pixels)
             document.add_image(image, height, width)
             for index, shares in lines[image]:
                 _add(document, index + 1, shares, height, width)

@@ -9,7 +9,9 @@ from torchvision.models.detection.image_list import ImageList
 
 
 class StridedAnchors(AnchorGenerator):
-    """Anchors centred on each cell of each level, in float32 whatever the features' precision.
+    """Anchors of each cell of each level, in float32 whatever the features' precision.
+
+    They are centred on the cell's upper left corner, the first on (0, 0), as in torchvision and Detectron2.
 
     torchvision infers a level's stride from the sizes of image and feature map, which is wrong for sizes
     that the stride does not divide, and makes anchors in the features' dtype, which under bf16 misplaces them

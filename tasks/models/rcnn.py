@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -18,25 +19,29 @@ from resnext_backbones import FPN, UsageError
 from tasks.models.anchors import StridedAnchors
 from tasks.models.evaluation import evaluating
 from tasks.models.normalise import Normalised, shapes_of
+from tasks.models.strides import refuse_fine_strides
 
 
 class Float32RPNHead(RPNHead):
-    """torchvision's head, whose scores and deltas leave it as float32.
+    """torchvision's head, whose last layers compute scores and deltas in float32 also under autocast.
 
-    Boxes decoded from bfloat16 deltas lose a fifth of a small object's IoU, and equal scores pile up.
+    torchvision decodes boxes in the deltas' dtype: in bfloat16 a small object loses a fifth of its IoU. And
+    most bfloat16 scores have equals, among which mere order would decide what is kept.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        scores, deltas = super().forward(x)
-        return [s.float() for s in scores], [d.float() for d in deltas]
+        hidden = [self.conv(level) for level in x]
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            hidden = [level.float() for level in hidden]
+            return [self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden]
 
 
 class Float32Predictor(FastRCNNPredictor):
-    """torchvision's predictor, whose scores and deltas leave it as float32."""
+    """torchvision's predictor, whose two layers compute scores and deltas in float32 also under autocast."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class Float32MaskPredictor(MaskRCNNPredictor):
@@ -160,8 +165,11 @@ def faster_rcnn(
         roi_canonical_size: side in pixels of the region that is pooled from p4 (FPN, equation 1).
         head_channels: width of the box head's two layers.
         score_threshold, nms_threshold, detections: what is reported of an image at most.
+
+    Raises `UsageError` for a body that cannot carry a pyramid, or whose finest map has a stride below 4.
     """
     backbone = FPN(body, fpn_channels)
+    refuse_fine_strides("R-CNN", body, backbone.features)
     strides = {name: spec.stride for name, spec in backbone.features.items()}
     anchors = StridedAnchors(list(strides.values()), anchor_scales, aspect_ratios)
     top_n = {"training": proposals_train, "testing": proposals_test}

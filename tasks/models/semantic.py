@@ -10,6 +10,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from resnext_backbones import FPN, FeatureSpec, UsageError
 from resnext_backbones.features import declared_features
 from tasks.models.normalise import Normalised, shapes_of
+from tasks.models.strides import refuse_fine_strides
 
 GROUPS = 32  # of group norm
 
@@ -77,8 +78,8 @@ def _stage(in_channels: int, channels: int) -> nn.Sequential:
 class PooledNorm(nn.BatchNorm2d):
     """Batch norm of image-wide means, which takes a batch of one as well.
 
-    One image gives one value a channel, whose deviation from its own mean is always 0. Batch norm raises
-    there, and an epoch would end at its last, odd batch. Here such a batch is normalised by the running
+    One image gives one value a channel, whose deviation from its own mean is always 0: batch norm raises
+    there, and nothing would train with `data.batch_size=1`. Here such a batch is normalised by the running
     statistics, as in evaluation, and leaves them as they are: trained image by image the norm is an affine
     layer, much as Detectron2 has none in this place.
     """
@@ -114,7 +115,7 @@ def semantic_fpn(
         head_channels: of the head, whose norms have 32 groups.
 
     Raises `UsageError` where `head_channels` is less than 64 or no multiple of 32, and for a body that
-    cannot carry a pyramid.
+    cannot carry a pyramid, or whose finest map has a stride below 4.
     """
     if head_channels % GROUPS or head_channels < 2 * GROUPS:
         # With one channel a group, one cell of one image would be normalised by itself, to nothing.
@@ -123,6 +124,7 @@ def semantic_fpn(
             f"norms, and {2 * GROUPS} at least"
         )
     backbone = FPN(body, fpn_channels, extra_levels=None)
+    refuse_fine_strides("Semantic FPN", body, backbone.features)
     return SemanticNet(backbone, SemanticFPNHead(backbone.features, num_classes, head_channels))
 
 
@@ -143,7 +145,7 @@ def deeplabv3(body: nn.Module, num_classes: int) -> SemanticNet:
     if coarsest.stride not in ATROUS_RATES:
         raise UsageError(
             f"deeplabv3 needs a body whose last map has stride 8 or 16, that of this {type(body).__name__} "
-            f"has {coarsest.stride}: give backbone.output_stride=8 with one of this project's bodies, or "
-            "model=semantic_fpn"
+            f"has {coarsest.stride}: give backbone.output_stride=8 with one of this project's bodies for "
+            "ImageNet, or model=semantic_fpn"
         )
     return SemanticNet(body, AtrousHead(coarsest.channels, num_classes, ATROUS_RATES[coarsest.stride]))
