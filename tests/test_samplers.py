@@ -288,11 +288,9 @@ def test_holdout_splits_in_two():
 
 
 def test_a_large_dataset_is_dealt_out_whole():
-    options = {
-        "aspect": torch.rand(120_000) + 0.5,
-        "repeat_factors": torch.rand(120_000) + 1,
-        "repeats": 2,
-    }
+    generator = torch.Generator().manual_seed(0)
+    aspect, factors = torch.rand(2, 120_000, generator=generator)
+    options = {"aspect": aspect + 0.5, "repeat_factors": factors + 1, "repeats": 2}
     sampler = TrainSampler(120_000, 8, 0, **options)
     seen = torch.zeros(120_000, dtype=torch.int64)
     for epoch in range(2):  # with two copies of each image, two epochs see all
@@ -301,4 +299,4 @@ def test_a_large_dataset_is_dealt_out_whole():
         assert batches.shape == (sampler.batches, 8)
         seen += torch.bincount(batches.flatten(), minlength=120_000)
     assert seen.min() >= 2
-    assert seen.max() <= 2 * 3
+    assert seen.max() <= 2 * 2 * 2  # a factor below 2 is rounded up, in two copies, and fills a batch up

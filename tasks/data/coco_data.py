@@ -33,9 +33,7 @@ class CocoData(ImageData):
         train, val, test: each the name of a split (`root/annotations/instances_{split}.json`, for keypoints
             `person_keypoints_{split}.json` where it exists, and `root/{split}/`: COCO's own layout) or a
             mapping with the paths `annotations` and `images`, absolute or relative to `root`; for semantic
-            segmentation it may name a folder `semantic` of PNG files with category ids. Without `val`, a
-            share of `train` is held out; without `test`, the test stage is judged on `val`.
-        val_fraction: the share of `train` that is held out where there is no `val`, chosen by `seed`.
+            segmentation it may name a folder `semantic` of PNG files with category ids.
         keypoints: names, skeleton, flip_pairs and sigmas where the categories lack them (`skeleton_of`).
         image_size: shorter side and longest allowed longer side an image is resized to, in pixels; several
             shorter sides for multi-scale training.
@@ -63,7 +61,6 @@ class CocoData(ImageData):
         test: Split | None = None,
         *,
         target: str = "boxes",
-        val_fraction: float | None = None,
         keypoints: Mapping[str, Any] | None = None,
         image_size: Sequence[Any] = (800, 1333),
         jitter: Sequence[float] = (1.0, 1.0),
@@ -77,10 +74,7 @@ class CocoData(ImageData):
         max_drop_fraction: float = 0.01,
         **settings: Any,
     ) -> None:
-        super().__init__(root, target, val_fraction=val_fraction, **settings)
-        self.check_val(val, val_fraction)
-        self.splits: dict[str, Split] = {"train": train, "val": val or train, "test": test or val or train}
-        self.test_is_val = test is None
+        super().__init__(root, target, train, val, test, **settings)
         self.image_size, self.jitter = pair("data.image_size", image_size), pair("data.jitter", jitter)
         self.crop = None if crop is None else pair("data.crop", crop)
         self.flip = flip

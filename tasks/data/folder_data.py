@@ -37,14 +37,10 @@ class FolderData(ImageData):
         test: Any,
         *,
         classes: Sequence[str] | None = None,
-        val_fraction: float | None = None,
         augment: Mapping[str, v2.Transform] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(root, target, val_fraction=val_fraction, **settings)
-        self.check_val(val, val_fraction)
-        self.splits: dict[str, Any] = {"train": train, "val": val or train, "test": test or val or train}
-        self.test_is_val = test is None
+        super().__init__(root, target, train, val, test, **settings)
         self.classes = None if classes is None else list(classes)
         self.augment: list[v2.Transform] = list((augment or {}).values())
         self._annotations: dict[str, Any] = {}

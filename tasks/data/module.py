@@ -28,6 +28,8 @@ class ImageData(LightningDataModule):
     Args:
         root: folder of the dataset.
         target: what the task learns from, of the source's `TARGETS`; set by the task.
+        train, val, test: where each split is, in the source's terms. Without `val`, a share of `train` is
+            held out; without `test`, the test stage is judged on `val`.
         val_fraction: the share of the training images that is held out to validate on; None: there is a
             split.
         fraction: share of the training images that is used, for learning curves; a smaller share is part of a
@@ -44,13 +46,15 @@ class ImageData(LightningDataModule):
     """
 
     TARGETS: ClassVar[tuple[str, ...]] = ()
-    test_is_val: bool
     collate: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
         root: str,
         target: str,
+        train: Any,
+        val: Any,
+        test: Any,
         *,
         val_fraction: float | None = None,
         fraction: float = 1.0,
@@ -75,6 +79,9 @@ class ImageData(LightningDataModule):
                 f"{' or '.join(f'task={TASK[t]}' for t in self.TARGETS)}, or another data=…"
             )
         self.root, self.target = Path(root), target
+        refuse_unclear_val(val, val_fraction)
+        self.splits: dict[str, Any] = {"train": train, "val": val or train, "test": test or val or train}
+        self.test_is_val = test is None
         self.val_fraction, self.fraction = val_fraction, fraction
         self.batch_size, self.seed, self.split_seed = batch_size, seed, split_seed
         self.num_workers = spare_cores() if num_workers is None else num_workers
@@ -135,19 +142,6 @@ class ImageData(LightningDataModule):
         )
 
     # Parts of a split.
-
-    @staticmethod
-    def check_val(val: Any, val_fraction: float | None) -> None:
-        if val is not None and val_fraction is not None:
-            raise UsageError(
-                f"data.val={val} and data.val_fraction={val_fraction}: both are given; leave one out, with "
-                "data.val=null to hold a share of the training images out"
-            )
-        if val is None and (val_fraction is None or not 0 < val_fraction < 1):
-            raise UsageError(
-                f"data.val is not given and data.val_fraction={val_fraction}: name a split, or hold a share "
-                "of the training images out with data.val_fraction=0.2"
-            )
 
     def held_out(self, length: int, source: str, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Indices of those to train on and those held out, of `length` images; by class with `labels`."""
@@ -231,6 +225,19 @@ TASK = {
     "keypoints": "keypoints",
     "semantic": "semantic_segmentation",
 }
+
+
+def refuse_unclear_val(val: Any, val_fraction: float | None) -> None:
+    if val is not None and val_fraction is not None:
+        raise UsageError(
+            f"data.val={val} and data.val_fraction={val_fraction}: both are given; leave one out, with "
+            "data.val=null to hold a share of the training images out"
+        )
+    if val is None and (val_fraction is None or not 0 < val_fraction < 1):
+        raise UsageError(
+            f"data.val is not given and data.val_fraction={val_fraction}: name a split, or hold a share "
+            "of the training images out with data.val_fraction=0.2"
+        )
 
 
 def pair(name: str, values: Sequence[Any]) -> tuple[Any, Any]:
