@@ -29,30 +29,14 @@ start-up, training, validations, test, pictures. "Overfit" rows are judged on th
 they show that a network can learn, nothing else.
 
 {COLUMNS}"""
-QUICK = ["optimizer=adamw", "scheduler=cosine", "task.reference_batch_size=4", "logger.wandb.mode=disabled"]
-RCNN = ["model.rpn_batch=128", "model.proposals_train=200", "model.proposals_test=200", "model.roi_batch=64"]
-NARROW = ["model.fpn_channels=128"]
+QUICK = ["experiment=small_data_cpu", "logger.wandb.mode=disabled"]
 BCCD = ["data=coco", "data.root=REAL_DATA/bccd", "data.train=train", "data.val=val", "data.test=test"]
-BCCD += ["data.image_size=[240,320]", "data.batch_size=4"]
-NUCLEI = [
-    "data=coco",
-    "data.root=REAL_DATA/nuclei",
-    "data.train=train",
-    "data.val=val",
-    "data.image_size=[256,256]",
-]
-NUCLEI += ["data.batch_size=4"]
-FRUITS = ["data=coco", "data.root=REAL_DATA/fruits_nuts", "data.batch_size=2", "data.image_size=[300,400]"]
-FRUITS += ["data.train={annotations: trainval.json, images: images}"]
-FRUITS += ["data.val={annotations: trainval.json, images: images}"]
-PEOPLE = [
-    "data=coco",
-    "data.root=REAL_DATA/coco33",
-    "data.train=train2017",
-    "data.val=train2017",
-    "data.batch_size=2",
-]
-PEOPLE += ["data.image_size=[256,400]"]
+NUCLEI = ["data=coco", "data.root=REAL_DATA/nuclei", "data.train=train", "data.val=val"]
+NUCLEI += ["data.image_size=[256,256]", "augment=flip_vertically"]
+FRUITS = ["data=coco", "data.root=REAL_DATA/fruits_nuts", "data.batch_size=2"]
+FRUITS += [f"data.{s}={{annotations: trainval.json, images: images}}" for s in ("train", "val")]
+PEOPLE = ["data=coco", "data.root=REAL_DATA/coco33", "data.train=train2017", "data.val=train2017"]
+PEOPLE += ["data.batch_size=2"]
 
 
 @dataclass(frozen=True)
@@ -64,61 +48,50 @@ class Run:
     metrics: list[str]
 
 
+def epochs(number: int, validations: int = 2) -> list[str]:
+    return [f"trainer.max_epochs={number}", f"trainer.check_val_every_n_epoch={number // validations}"]
+
+
 RUNS = [
     Run(
-        "clothing, classification",
+        "clothing, classifier",
         [
             "task=classification",
             "data=class_folders",
             "data.root=REAL_DATA/clothing",
-            "data.image_size=112",
+            "data.image_size=96",
             "data.crop_scale=[0.35,1.0]",
             "task.label_smoothing=0.1",
-            "task.reference_batch_size=32",
-            "optimizer.lr=1.0e-3",
-            "trainer.max_epochs=60",
-            "trainer.check_val_every_n_epoch=10",
+            *epochs(24),
         ],
         ["top1", "top5"],
     ),
     *(
         Run(
             f"bccd, {model}",
-            ["task=detection", f"model={model}", *BCCD, *NARROW, *words, "trainer.max_epochs=8"],
+            ["task=detection", f"model={model}", *BCCD, "augment=flip_vertically", *epochs(6)],
             ["AP", "AP50"],
         )
-        for model, words in (
-            ("faster_rcnn", [*RCNN, "model.head_channels=512", "model.anchor_scales=[4,8]"]),
-            ("retinanet", []),
-            ("fcos", []),
-        )
+        for model in ("faster_rcnn", "retinanet", "fcos")
     ),
     Run(
         "nuclei, mask_rcnn",
-        [
-            "task=instance_segmentation",
-            *NUCLEI,
-            *NARROW,
-            *RCNN,
-            "model.head_channels=512",
-            "model.anchor_scales=[4,8]",
-            "trainer.max_epochs=5",
-        ],
+        ["task=instance_segmentation", *NUCLEI, *epochs(4)],
         ["AP", "AP50", "mask_AP", "mask_AP50"],
     ),
     Run(
         "fruits_nuts, mask_rcnn (overfit)",
-        ["task=instance_segmentation", *FRUITS, *NARROW, *RCNN, "trainer.max_epochs=30"],
+        ["task=instance_segmentation", *FRUITS, *epochs(24)],
         ["AP", "mask_AP"],
     ),
     Run(
         "coco33, keypoint_rcnn (overfit)",
-        ["task=keypoints", *PEOPLE, *NARROW, *RCNN, "trainer.max_epochs=50"],
+        ["task=keypoints", *PEOPLE, *epochs(40)],
         ["AP", "keypoint_AP"],
     ),
     Run(
         "nuclei, semantic_fpn",
-        ["task=semantic_segmentation", *NUCLEI, *NARROW, "trainer.max_epochs=8"],
+        ["task=semantic_segmentation", *NUCLEI, *epochs(6)],
         ["mIoU", "pixel_accuracy"],
     ),
 ]
