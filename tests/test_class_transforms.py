@@ -184,7 +184,7 @@ def test_the_choices_of_augmentation_fit_the_data(path):
     prepared = PreparedClasses(Pictures(), 32, training=True, augment=transforms)
     plain = PreparedClasses(Pictures(), 32, training=True)
     changed = 0
-    for epoch in range(10):
+    for epoch in range(20):
         image, _ = prepared[(epoch, 0, 0)]
         assert image.dtype == torch.uint8
         changed += not torch.equal(image, plain[(epoch, 0, 0)][0])
