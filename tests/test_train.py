@@ -66,7 +66,8 @@ def test_a_run_leaves_everything_in_its_folder(start, capsys):
     names = {name for line in metrics for name in line}
     assert {"train/loss", "train/loss_classifier", "train/loss_box_reg", "val/AP", "test/AP50"} <= names
     assert {"val/loss", "val/loss_objectness", "val/TIDE_Miss"} <= names
-    assert any(name.startswith("test/AP/") for name in names)  # of each class
+    for kind in ("AP", "AR"):  # of each class
+        assert any(name.startswith(f"test/{kind}/") for name in names)
     assert [step for step, _ in losses(folder)] == list(range(8))
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 <= summary["results"]["test/AP"] <= 1

@@ -94,10 +94,12 @@ class CocoAP(SplitMetric[Found]):
 
     @property
     def class_numbers(self) -> Numbers:
-        """After `compute`: what the log says of each class, named like "AP/person" and "mask_AP/person"."""
+        """After `compute`: what the log says of each class, named like "AP/person" and "mask_AR/person"."""
+        kinds = {t: f"{PREFIX[t]}AP" for t in self.iou_types}
+        kinds |= {f"{t} AR": f"{PREFIX[t]}AR" for t in self.iou_types}
         return {
-            f"{PREFIX[iou_type]}AP/{name}": value
-            for iou_type, of in self.per_class_of.items()
+            f"{kinds[kind]}/{name}": value
+            for kind, of in self.per_class_of.items()
             for name, value in of.items()
         }
 
@@ -160,13 +162,14 @@ class CocoAP(SplitMetric[Found]):
             for t in self.iou_types
         }
         numbers = [summary(iou_type, judged) for iou_type, judged in self.judged.items()]
-        per_class_of = {t: class_precision(judged, self.names) for t, judged in self.judged.items()}
-        return {name: number for part in numbers for name, number in part.items()}, per_class_of
+        precision = {t: class_precision(judged, self.names) for t, judged in self.judged.items()}
+        recall = {f"{t} AR": class_recall(judged, self.names) for t, judged in self.judged.items()}
+        return {name: number for part in numbers for name, number in part.items()}, precision | recall
 
     @property
     def per_class_recall_of(self) -> dict[str, Numbers]:
-        """After `compute`, on rank 0: AR of at most 100 detections an image, by iou type and class name."""
-        return {iou_type: class_recall(judged, self.names) for iou_type, judged in self.judged.items()}
+        """After `compute`: AR of at most 100 detections an image, by iou type and class name."""
+        return {t: self.per_class_of[f"{t} AR"] for t in self.iou_types if f"{t} AR" in self.per_class_of}
 
     def _detections(self, iou_type: str) -> np.ndarray | list[dict[str, Any]]:
         """What an engine reads: for boxes [N, 7], image id, x, y, width, height, score, category id."""
