@@ -36,7 +36,7 @@ NUCLEI += ["data.image_size=[256,256]", "augment=flip_vertically"]
 FRUITS = ["data=coco", "data.root=REAL_DATA/fruits_nuts", "data.batch_size=2"]
 FRUITS += [f"data.{s}={{annotations: trainval.json, images: images}}" for s in ("train", "val")]
 PEOPLE = ["data=coco", "data.root=REAL_DATA/coco33", "data.train=train2017", "data.val=train2017"]
-PEOPLE += ["data.batch_size=2"]
+PEOPLE += ["data.batch_size=2", "data.flip=0"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ RUNS = [
             "data.image_size=96",
             "data.crop_scale=[0.35,1.0]",
             "task.label_smoothing=0.1",
-            *epochs(24),
+            *epochs(48),
         ],
         ["top1", "top5"],
     ),
@@ -86,7 +86,7 @@ RUNS = [
     ),
     Run(
         "coco33, keypoint_rcnn (overfit)",
-        ["task=keypoints", *PEOPLE, *epochs(40)],
+        ["task=keypoints", *PEOPLE, *epochs(70, validations=1)],
         ["AP", "keypoint_AP"],
     ),
     Run(

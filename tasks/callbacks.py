@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
-from tasks.pictures import contact_sheet, save_png
-from tasks.plots import history
+from tasks.drawing.history import history
+from tasks.drawing.pictures import contact_sheet, save_png
 from tasks.wandb_run import log_boxes, log_pictures
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask, takes
 from tasks.data.class_transforms import ClassBatch, Mix
+from tasks.drawing.pictures import captioned
 from tasks.metrics.accuracy import Accuracy
-from tasks.pictures import captioned
 
 
 class ClassificationTask(BaseTask):

@@ -12,13 +12,14 @@ from torchvision.ops import clip_boxes_to_image
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.data.alike import alike
+from tasks.data.batches import DetectionBatch
 from tasks.data.keypoints import TO_CENTRE
-from tasks.data.transforms import MIN_SIDE, DetectionBatch, nearest
+from tasks.data.transforms import MIN_SIDE, nearest
+from tasks.drawing.pictures import draw, side_by_side
 from tasks.metrics.coco import CocoAP
 from tasks.models.masks import paste
 from tasks.models.one_stage import OneStage
 from tasks.models.rcnn import RCNN
-from tasks.pictures import draw, side_by_side
 
 Detections = list[dict[str, Any]]
 

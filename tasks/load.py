@@ -16,7 +16,7 @@ import resnext_backbones
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.checkpoint import read_checkpoint
-from tasks.predictor import Predictor
+from tasks.prediction.predictor import Predictor
 from tasks.run import HAND_OVER, build, build_body, precision
 
 ALLOWED = {  # what a checkpoint's configuration may build, and nothing else

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from tasks.image_arguments import Chosen
-    from tasks.predictor import Predictor
+    from tasks.prediction.arguments import Chosen
+    from tasks.prediction.predictor import Predictor
 
 PROGRAM = "python -m tasks.predict"
 EXAMPLES = f"""
@@ -66,9 +66,9 @@ def _run(args: argparse.Namespace) -> int:
     import warnings
 
     from tasks.data.faults import counted
-    from tasks.image_arguments import chosen_images
     from tasks.load import load_task
-    from tasks.prediction_files import output_folder
+    from tasks.prediction.arguments import chosen_images
+    from tasks.prediction.files import output_folder
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
@@ -97,7 +97,7 @@ def _predict(
 ) -> tuple[int, list[str], BaseException | None]:
     """Writes results and pictures: of how many images, what was wrong with others, what ended it early."""
     from tasks.data.module import spare_cores
-    from tasks.prediction_files import Pictures, results
+    from tasks.prediction.files import Pictures, results
 
     many = len(chosen.files) > args.batch_size
     workers = args.workers if args.workers is not None else spare_cores() if many else 0

@@ -71,7 +71,8 @@ class ProgressBar(LightningProgressBar):
         for name, value in current.items():
             old = self._losses.get(name, float(value))
             self._losses[name] = old + (float(value) - old) / min(50, batch_idx + 1)
-        self._advance(f"{self._epoch(trainer)}  {self._describe(trainer)}")
+        batch = "" if self._progress else f", batch {batch_idx + 1}/{trainer.num_training_batches}"
+        self._advance(f"{self._epoch(trainer)}{batch}  {self._describe(trainer)}")
 
     @staticmethod
     def _epoch(trainer: Trainer) -> str:
@@ -162,7 +163,6 @@ class ProgressBar(LightningProgressBar):
         if self._progress:
             self._progress.update(self._task, advance=1, description=text)
         elif self._enabled and time.monotonic() - self._last_line > self.every_seconds:
-            self._last_line = time.monotonic()
             self._print(text)
 
     def _close(self) -> None:
@@ -171,4 +171,5 @@ class ProgressBar(LightningProgressBar):
             self._progress = None
 
     def _print(self, text: str) -> None:
+        self._last_line = time.monotonic()
         self.console.print(text, soft_wrap=True)

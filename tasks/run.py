@@ -54,6 +54,9 @@ def hush() -> None:
     )  # inside Lightning, with torch 2.15
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # resume
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # on two cores one is right
+    warnings.filterwarnings(
+        "ignore", message=".*smaller than the logging interval"
+    )  # it counts on over epochs
 
 
 @rank_zero_only

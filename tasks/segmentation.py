@@ -11,10 +11,10 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask, takes
 from tasks.data.alike import alike
+from tasks.data.batches import DetectionBatch
 from tasks.data.images import IGNORED
-from tasks.data.transforms import DetectionBatch
+from tasks.drawing.pictures import draw_classes, side_by_side
 from tasks.metrics.iou import MeanIoU
-from tasks.pictures import draw_classes, side_by_side
 
 AT_ONCE = 16  # classes whose scores are brought to an image's full size together
 

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from resnext_backbones import ResNeXt
 from tasks.data.alike import alike
-from tasks.data.transforms import DetectionBatch
+from tasks.data.batches import DetectionBatch
 from tasks.detection import DetectionTask
 from tasks.models.rcnn import faster_rcnn
 from tasks.models.semantic import deeplabv3, semantic_fpn

@@ -15,11 +15,12 @@ from pycocotools.cocoeval import Params
 from resnext_backbones.errors import UsageError
 from tasks.data.coco import CocoAnnotations, CocoDataset, part_of, read_coco
 from tasks.data.keypoints import COCO_NAMES, Skeleton, poses, skeleton_of
+from tasks.data.prepared import Prepared
 from tasks.data.samplers import holdout
 from tasks.data.shapes import write_shapes
 from tasks.data.shapes_draw import scene
-from tasks.data.transforms import HorizontalFlip, Prepared
-from tasks.predictions import Objects
+from tasks.data.transforms import HorizontalFlip
+from tasks.prediction.predictions import Objects
 
 FACE = {"id": 1, "name": "face", "keypoints": ["left_eye", "right_eye", "nose"]}
 SIGMAS = [0.025, 0.025, 0.026]

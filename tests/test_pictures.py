@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from tasks.pictures import (
+from tasks.drawing.pictures import (
     HATCH,
     INK,
     PAPER,

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from resnext_backbones.errors import UsageError
+from tasks.drawing.history import history as draw_history
 from tasks.metrics import plots
-from tasks.plots import history as draw_history
 
 HOSTILE = ["a", "_b", "$\\frac{$", "two\nlines", "", "very " * 30, "猫"]
 

@@ -22,13 +22,15 @@ from pycocotools.coco import COCO
 from small_checkpoints import changed, made
 
 from resnext_backbones import UsageError
-from tasks import given_images, predict, prediction_files
-from tasks.image_arguments import chosen_images
+from tasks import predict
+from tasks.drawing.pictures import PAPER, class_colour, save_png
 from tasks.load import load_task
-from tasks.pictures import PAPER, class_colour, save_png
-from tasks.prediction_files import Pictures
-from tasks.predictions import Objects
-from tasks.predictor import Predictor
+from tasks.prediction import files as prediction_files
+from tasks.prediction import given as given_images
+from tasks.prediction.arguments import chosen_images
+from tasks.prediction.files import Pictures
+from tasks.prediction.predictions import Objects
+from tasks.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from resnext_backbones import freeze_norms, resnet18
 from resnext_backbones.errors import UsageError
 from tasks.classification import ClassificationTask
+from tasks.data.batches import DetectionBatch, collate
 from tasks.data.class_transforms import ClassBatch
 from tasks.data.coco import CocoDataset, read_coco
 from tasks.data.coco_data import CocoData
 from tasks.data.keypoints import skeleton_of
-from tasks.data.transforms import DetectionBatch, Prepared, collate
+from tasks.data.prepared import Prepared
 from tasks.detection import DetectionTask, learnable
 from tasks.loggers import read_metrics
 from tasks.models.classifier import Classifier

@@ -11,8 +11,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
+from tasks.data.batches import collate
+from tasks.data.prepared import Prepared
 from tasks.data.samplers import TrainSampler
-from tasks.data.transforms import Clean, HorizontalFlip, Prepared, collate, nearest, resized, select
+from tasks.data.transforms import Clean, HorizontalFlip, nearest, resized, select
 
 
 def sample(height=60, width=80, boxes=((10, 10, 40, 50),), image_id=7):

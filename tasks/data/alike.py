@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tasks.data.transforms import DetectionBatch
+from tasks.data.batches import DetectionBatch
 
 MULTIPLE = 32  # as `collate` pads
 

@@ -23,7 +23,7 @@ from tasks.data.coco_check import CheckedCoco
 from tasks.data.faults import NAMED, Fault, describe, fault
 from tasks.data.inspection import Described, Inspectable, Inspection
 from tasks.data.pool import Crashed, spread
-from tasks.pictures import LONGEST_SIDE, contact_sheet, save_png
+from tasks.drawing.pictures import LONGEST_SIDE, contact_sheet, save_png
 
 SAMPLES = 16
 SECONDS_PER_IMAGE = 120.0

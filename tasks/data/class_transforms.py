@@ -12,9 +12,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from resnext_backbones.errors import UsageError
+from tasks.data.prepared import Samples, seeded
 from tasks.data.samplers import Item, mix
 from tasks.data.segmentations import Size, Window
-from tasks.data.transforms import Samples, seeded
 
 ClassSample = tuple[Tensor, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from tasks.data.images import BACKGROUND
 from tasks.data.inspection import Inspection, pixel_statistics, pixels_of
 from tasks.data.segmentations import segmentation_fault
 from tasks.data.transforms import drawn, finished
-from tasks.pictures import draw, draw_classes
+from tasks.drawing.pictures import draw, draw_classes
 
 SMALL, MEDIUM = 32**2, 96**2  # pixels of area, as https://cocodataset.org/#detection-eval
 

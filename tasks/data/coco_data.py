@@ -9,23 +9,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from resnext_backbones.errors import UsageError
 from tasks.data.annotations import CocoAnnotations
 from tasks.data.coco import CocoDataset, part_of, read_coco
+from tasks.data.dense_data import DenseData
 from tasks.data.faults import listed
 from tasks.data.image_files import check_image_files
 from tasks.data.images import BACKGROUND, IGNORED
 from tasks.data.keypoints import Skeleton, poses, skeleton_of
-from tasks.data.module import SPLITS, ImageData, pair
+from tasks.data.module import SPLITS
 from tasks.data.samplers import repeat_factors, subset
-from tasks.data.transforms import MIN_SIDE, HorizontalFlip, Prepared, collate
+from tasks.data.transforms import MIN_SIDE
 
 Split = str | Mapping[str, str]
 
 
-class CocoData(ImageData):
+class CocoData(DenseData):
     """Images with annotations in COCO's format, for every task but classification.
 
     Args:
@@ -35,23 +35,16 @@ class CocoData(ImageData):
             mapping with the paths `annotations` and `images`, absolute or relative to `root`; for semantic
             segmentation it may name a folder `semantic` of PNG files with category ids.
         keypoints: names, skeleton, flip_pairs and sigmas where the categories lack them (`skeleton_of`).
-        image_size: shorter side and longest allowed longer side an image is resized to, in pixels; several
-            shorter sides for multi-scale training.
-        jitter: range of a random factor on `image_size` in training.
-        crop: height and width of a random window, in training (see `Prepared`).
-        flip: probability of mirroring left to right, in training; left and right keypoints change names.
-        augment: then, transforms of `torchvision.transforms.v2` by name, in this order.
         group_by_aspect: batches of only upright or only lying images, which need less padding.
         repeat_threshold: classes in a smaller share of the images than this are shown more often
             (`repeat_factors`).
         keep_negatives: whether training sees images without objects; for keypoints, without a labelled one.
         min_image_side: training leaves out images with a shorter side, in pixels (not of class maps).
         max_drop_fraction: more faulty annotations than this share end the run (not of class maps).
-        settings: those of `ImageData`.
+        settings: those of `DenseData`.
     """
 
     TARGETS: ClassVar[tuple[str, ...]] = CocoDataset.TARGETS
-    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -62,11 +55,6 @@ class CocoData(ImageData):
         *,
         target: str = "boxes",
         keypoints: Mapping[str, Any] | None = None,
-        image_size: Sequence[Any] = (800, 1333),
-        jitter: Sequence[float] = (1.0, 1.0),
-        crop: Sequence[int] | None = None,
-        flip: float = 0.5,
-        augment: Mapping[str, v2.Transform] | None = None,
         group_by_aspect: bool = True,
         repeat_threshold: float | None = None,
         keep_negatives: bool = True,
@@ -75,10 +63,6 @@ class CocoData(ImageData):
         **settings: Any,
     ) -> None:
         super().__init__(root, target, train, val, test, **settings)
-        self.image_size, self.jitter = pair("data.image_size", image_size), pair("data.jitter", jitter)
-        self.crop = None if crop is None else pair("data.crop", crop)
-        self.flip = flip
-        self.augment = [HorizontalFlip(flip), *(augment or {}).values()]
         self.group_by_aspect, self.repeat_threshold = group_by_aspect, repeat_threshold
         self.keep_negatives = keep_negatives
         self.cleaning: dict[str, Any] = {
@@ -236,19 +220,9 @@ class CocoData(ImageData):
         return self._datasets[split]
 
     def prepared(self, split: str) -> Dataset:
-        if split != "train":
-            return Prepared(self.dataset(split), self.image_size)
-        self._name_boxes_lost_by_resizing()
-        return Prepared(
-            self.dataset("train"),
-            self.image_size,
-            jitter=self.jitter,
-            crop=self.crop,
-            augment=self.augment,
-            seed=self.seed,
-            training=True,
-            posed=self.target == "keypoints",
-        )
+        if split == "train":
+            self._name_boxes_lost_by_resizing()
+        return super().prepared(split)
 
     def _name_boxes_lost_by_resizing(self) -> None:
         annotations = self.annotations("train")

@@ -14,12 +14,12 @@ from resnext_backbones.errors import UsageError
 from tasks.data.annotations import Packed
 from tasks.data.class_folders import ClassFolders, read_class_folders
 from tasks.data.class_transforms import PreparedClasses, collate_classes
+from tasks.data.dense_data import DenseData
 from tasks.data.folder_images import ClassImages, MaskImages
 from tasks.data.mask_folders import MaskFolders, read_mask_folders
 from tasks.data.mask_folders import Split as MaskSplit
 from tasks.data.module import SPLITS, ImageData, pair
 from tasks.data.samplers import repeat_factors, subset
-from tasks.data.transforms import HorizontalFlip, Prepared, collate
 
 
 class FolderData(ImageData):
@@ -37,12 +37,10 @@ class FolderData(ImageData):
         test: Any,
         *,
         classes: Sequence[str] | None = None,
-        augment: Mapping[str, v2.Transform] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(root, target, train, val, test, **settings)
         self.classes = None if classes is None else list(classes)
-        self.augment: list[v2.Transform] = list((augment or {}).values())
         self._annotations: dict[str, Any] = {}
         self._fingerprints: dict[str, str] = {}
 
@@ -128,6 +126,7 @@ class ClassFolderData(FolderData):
         crop_ratio: float = 0.875,
         interpolation: str = "bilinear",
         flip: float = 0.5,
+        augment: Mapping[str, v2.Transform] | None = None,
         repeats: int = 1,
         repeat_threshold: float | None = None,
         **settings: Any,
@@ -143,6 +142,7 @@ class ClassFolderData(FolderData):
             "interpolation": interpolation,
             "flip": flip,
         }
+        self.augment: list[v2.Transform] = list((augment or {}).values())
         self.repeats, self.repeat_threshold = repeats, repeat_threshold
 
     def read(self, split: str) -> ClassFolders:
@@ -185,7 +185,7 @@ class ClassFolderData(FolderData):
         return found
 
 
-class MaskFolderData(FolderData):
+class MaskFolderData(DenseData, FolderData):
     """Images with a PNG file each whose values are the classes of the pixels, for semantic segmentation.
 
     Args:
@@ -197,12 +197,11 @@ class MaskFolderData(FolderData):
             as many as the masks of all splits hold.
         endings: of the names of images and masks where they differ (see `read_mask_folders`).
         val_fraction: the share of `train` that is held out where there is no `val`.
-        image_size, jitter, crop, flip, augment: see `CocoData`.
-        settings: those of `ImageData`.
+        image_size: see `DenseData`.
+        settings: those of `DenseData`.
     """
 
     TARGETS = ("semantic",)
-    collate = staticmethod(collate)
 
     def __init__(
         self,
@@ -214,16 +213,10 @@ class MaskFolderData(FolderData):
         target: str = "semantic",
         endings: Sequence[str] = ("", ""),
         image_size: Sequence[Any] = (512, 2048),
-        jitter: Sequence[float] = (1.0, 1.0),
-        crop: Sequence[int] | None = None,
-        flip: float = 0.5,
         **settings: Any,
     ) -> None:
-        super().__init__(root, target, train, val, test, **settings)
+        super().__init__(root, target, train, val, test, image_size=image_size, **settings)
         self.endings = pair("data.endings", endings)
-        self.image_size, self.jitter = pair("data.image_size", image_size), pair("data.jitter", jitter)
-        self.crop = None if crop is None else pair("data.crop", crop)
-        self.augment = [HorizontalFlip(flip), *self.augment]
 
     def read(self, split: str) -> MaskFolders:
         classes = self.classes
@@ -253,16 +246,3 @@ class MaskFolderData(FolderData):
 
     def dataset(self, split: str) -> MaskImages:
         return MaskImages(self.annotations(split), split, training=split == "train", **self.reading)
-
-    def prepared(self, split: str) -> Dataset:
-        if split != "train":
-            return Prepared(self.dataset(split), self.image_size)
-        return Prepared(
-            self.dataset("train"),
-            self.image_size,
-            jitter=self.jitter,
-            crop=self.crop,
-            augment=self.augment,
-            seed=self.seed,
-            training=True,
-        )

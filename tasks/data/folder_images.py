@@ -21,7 +21,7 @@ from tasks.data.images import IGNORED, MAX_PIXELS, WrongSize, decode, decode_and
 from tasks.data.inspection import Inspection, pixel_statistics, pixels_of
 from tasks.data.mask_folders import MaskFolders, read_mask
 from tasks.data.transforms import nearest
-from tasks.pictures import captioned, draw_classes
+from tasks.drawing.pictures import captioned, draw_classes
 
 Sample = tuple[Tensor, dict[str, Any]]
 

@@ -26,7 +26,7 @@ from tasks.data.images import IGNORED
 from tasks.data.keypoints import TO_CENTRE
 from tasks.data.outlines import box, polygons, runs
 from tasks.data.shapes_draw import CLASSES, SPLITS, Scene, Shape, scene
-from tasks.pictures import class_colour
+from tasks.drawing.pictures import class_colour
 
 KEYPOINTS = ("top", "right", "bottom", "left", "centre")
 SKELETON = ((1, 5), (2, 5), (3, 5), (4, 5))  # 1-based, as COCO has it

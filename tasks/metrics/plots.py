@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.figures import COLOURS, GREY, figure_at, short, styles
+from tasks.drawing.figures import COLOURS, GREY, figure_at, short, styles
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], path: Path | str, title: str) -> None:

@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.classification import ClassificationTask
+from tasks.data.batches import collate
 from tasks.data.class_transforms import PreparedClasses, collate_classes
 from tasks.data.images import MAX_PIXELS, Size
-from tasks.data.transforms import Prepared, collate
+from tasks.data.prepared import Prepared
 from tasks.detection import DetectionTask
-from tasks.given_images import Given, Images, Read, Readable, Together
-from tasks.predictions import ClassMap, ClassScores, Objects, Prediction
+from tasks.prediction.given import Given, Images, Read, Readable, Together
+from tasks.prediction.predictions import ClassMap, ClassScores, Objects, Prediction
 from tasks.segmentation import SemanticTask
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -78,7 +79,8 @@ class Predictor:
         """What is found in each image, in the order given.
 
         Args:
-            images: one image, or any number; of a folder, `tasks.image_arguments.chosen_images(["X"]).files`.
+            images: one image, or any number; those of a folder, by
+                `tasks.prediction.arguments.chosen_images(["X"]).files`.
             batch_size: images computed at once.
             score: objects that score less are left out. (The network itself reports none below its
                 `score_threshold`.)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from tasks.figures import figure_at, short, styles
+from tasks.drawing.figures import figure_at, short, styles
 from tasks.loggers import read_metrics
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tasks.data.images import IGNORED
-from tasks.drawing import (
+from tasks.drawing.marks import (
     BACKGROUND,
     GAP,
     INK,
@@ -37,8 +37,8 @@ from tasks.drawing import (
     unit_of,
     with_legend,
 )
-from tasks.drawn_objects import Mask, decoded
-from tasks.drawn_objects import objects as to_draw
+from tasks.drawing.objects import Mask, decoded
+from tasks.drawing.objects import objects as to_draw
 
 CROWDED = 0.3  # share of a picture that plates with names may cover; beyond it a legend names the classes
 

@@ -34,7 +34,7 @@ class Images:
             height, width = self._read(index).shape[-2:]
             return height, width
         if os.path.isdir(image):
-            raise UsageError(f"{image}: a folder; give its images (`tasks.image_arguments.chosen_images`)")
+            raise UsageError(f"{image}: a folder; give its images (`prediction.arguments.chosen_images`)")
         return image_size(Path(image), self.reading["max_pixels"])
 
     def load(self, index: int, at_least: Size | None = None) -> tuple[Tensor, dict[str, Any]]:

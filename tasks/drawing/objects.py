@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle
 from torch import Tensor
 
-from tasks.drawing import Box, Colour, class_colour, shade
+from tasks.drawing.marks import Box, Colour, class_colour, shade
 
 Mask = Tensor | Mapping[str, Any]
 """uint8 or bool [H, W], or a run-length code of pycocotools."""

@@ -17,12 +17,12 @@ from tasks.checkpoint import replacing
 from tasks.classification import ClassificationTask
 from tasks.data.images import BACKGROUND, IGNORED
 from tasks.data.tree import suffix
-from tasks.drawing import map_colour
-from tasks.image_arguments import Chosen
+from tasks.drawing.marks import map_colour
+from tasks.drawing.pictures import HATCH, save_jpeg, save_png
 from tasks.metrics.accuracy import BEST
-from tasks.pictures import HATCH, save_jpeg, save_png
-from tasks.predictions import ClassMap, ClassScores, Objects, Prediction
-from tasks.predictor import Predictor
+from tasks.prediction.arguments import Chosen
+from tasks.prediction.predictions import ClassMap, ClassScores, Objects, Prediction
+from tasks.prediction.predictor import Predictor
 from tasks.segmentation import SemanticTask
 
 Write = Callable[[Any], None]

@@ -10,8 +10,8 @@ from torch import Tensor
 from resnext_backbones.errors import UsageError
 from tasks.data.images import Size
 from tasks.data.keypoints import TO_CENTRE
-from tasks.given_images import Given, as_tensor
-from tasks.pictures import captioned, draw, draw_classes
+from tasks.drawing.pictures import captioned, draw, draw_classes
+from tasks.prediction.given import Given, as_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Prediction:
 
     index: its place among the images given, from 0. name: the file as given, "image 3" for what was no file.
     size: height and width, the image turned as its EXIF orientation says. class_names: of the K classes.
-    reading: how image files are read, `max_pixels` and `bit_depth` of `tasks.given_images.as_tensor`.
+    reading: how image files are read, `max_pixels` and `bit_depth` of `tasks.prediction.given.as_tensor`.
     """
 
     index: int
