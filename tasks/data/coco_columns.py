@@ -63,6 +63,31 @@ def read_columns(path: Path, file: CocoFile) -> Columns:
     sizes = np.array([(r.height, r.width) for r in images], dtype=np.float64).reshape(-1, 2)
     xywh = np.array([r.bbox for r in annotations], dtype=np.float64).reshape(-1, 4)
     marks = np.array([r.iscrowd for r in annotations], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # of sizes that no integer holds, which are refused below
+        whole_sizes = sizes.astype(np.int64)
+    text = {"image": text_images, "category": text_categories, "annotation": text_ids}
+    columns = Columns(
+        image_ids=image_ids,
+        sizes=whole_sizes,
+        category_ids=category_ids,
+        ids=ids,
+        image_id=image_id,
+        category_id=category_id,
+        xywh=xywh,
+        crowd=marks == 1,
+        as_text=tuple(what for what, as_text in text.items() if as_text),
+    )
+    _refuse_senseless(path, file, columns, sizes, marks)
+    return columns
+
+
+def _refuse_senseless(
+    path: Path, file: CocoFile, columns: Columns, sizes: NDArray[np.float64], marks: NDArray[np.float64]
+) -> None:
+    """`sizes` and crowd `marks` are given as they stand in the file, before they became whole and bool."""
+    images, categories = file.images or [], file.categories or []
+    image_ids, category_ids, ids = columns.image_ids, columns.category_ids, columns.ids
+    image_id, category_id, xywh = columns.image_id, columns.category_id, columns.xywh
 
     def refuse(wrong: NDArray[Any], what: str, place: Callable[[int], str], remedy: str) -> None:
         indices = np.flatnonzero(wrong).tolist()
@@ -134,18 +159,6 @@ def read_columns(path: Path, file: CocoFile) -> Columns:
         "annotations of unknown categories",
         of_annotation("category_id", category_id),
         f"the categories are {listed([str(k) for k in category_ids])}; correct them or add the missing ones",
-    )
-    text = {"image": text_images, "category": text_categories, "annotation": text_ids}
-    return Columns(
-        image_ids=image_ids,
-        sizes=sizes.astype(np.int64),
-        category_ids=category_ids,
-        ids=ids,
-        image_id=image_id,
-        category_id=category_id,
-        xywh=xywh,
-        crowd=marks == 1,
-        as_text=tuple(what for what, as_text in text.items() if as_text),
     )
 
 
