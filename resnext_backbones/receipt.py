@@ -95,9 +95,11 @@ class Receipt:
             lines.append(f"  trained on RGB in 0…1 less ({mean}), over ({std})")
         lines += [f"  licence: {few([self.licence])}"] if self.licence else []
         columns = ("loaded", "missing", "clashing")
-        lines.append("  " + "stage".ljust(8) + "".join(column.rjust(10) for column in columns))
+        width = max([8, *map(len, self.counts)])
+        lines.append("  " + "stage".ljust(width) + "".join(column.rjust(10) for column in columns))
         for stage, counts in self.counts.items():
-            lines.append("  " + stage.ljust(8) + "".join(str(counts[column]).rjust(10) for column in columns))
+            numbers = "".join(str(counts[column]).rjust(10) for column in columns)
+            lines.append("  " + stage.ljust(width) + numbers)
         lines += [f"  adapted: {few(self.adapted)}"] if self.adapted else []
         lines += [f"  missing: {few(self.missing)}"] if self.missing else []
         lines += [f"  clashing: {few(map(str, self.clashing))}"] if self.clashing else []

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torchvision
+from torchvision.transforms._presets import ObjectDetection
 
 from .errors import UsageError
 from .receipt import Normalisation, few
@@ -27,14 +28,29 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # as torch.hub has it
 TIMEOUT = 20  # seconds without an answer; the downloaders wait for ever, or try for minutes
 
 
+# torchvision's builders set the eps of these networks' frozen norms to 0, which no weight tells.
+WITHOUT_EPS = {
+    f"{name}_ResNet50_FPN_Weights.COCO_V1" for name in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")
+}
+
+
 @dataclass(frozen=True)
 class Source:
-    """A file of weights, and what its publisher says of it."""
+    """A file of weights, and what its publisher says of it.
+
+    Attributes:
+        classes: names in the order of labels, a detector's without the background; None where nobody says.
+        keypoints: names.
+        norm_eps: with which its batch norms compute, where that is not what such networks have.
+    """
 
     path: Path
     name: str
     normalisation: Normalisation | None = None
     licence: str | None = None
+    classes: tuple[str, ...] | None = None
+    keypoints: tuple[str, ...] | None = None
+    norm_eps: float | None = None
 
 
 def find(source: str | Path) -> Source:
@@ -104,11 +120,19 @@ def _of_torchvision(name: str) -> Source:
         )
     images = weights.transforms()
     known = {key: [float(x) for x in getattr(images, key, ())] for key in ("mean", "std")}
+    classes = weights.meta.get("categories")
+    if isinstance(images, ObjectDetection):
+        classes = classes and classes[1:]  # the first is the background
+        if not name.startswith("SSD"):  # these normalise within, as generalized_rcnn.py's other users do
+            known = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     return Source(
         path,
         repr(weights),  # DEFAULT is another name of one of them
         normalisation=known if known["mean"] else None,
         licence=weights.meta.get("license"),
+        classes=tuple(classes) if classes else None,
+        keypoints=tuple(weights.meta.get("keypoint_names", ())) or None,
+        norm_eps=0.0 if repr(weights) in WITHOUT_EPS else None,
     )
 
 

@@ -115,6 +115,25 @@ def checked_normalisation(value: Any) -> Normalisation:
     return {"mean": mean, "std": std}
 
 
+def names_of(metadata: Mapping[str, str], key: str) -> tuple[str, ...] | None:
+    """The names that the metadata lists under `key`, `classes` or `keypoints`; None where it does not."""
+    try:
+        names = json.loads(metadata[key])
+    except (ValueError, KeyError, RecursionError):
+        return None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if known and names else None
+
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of the network's run by key, `model.fpn_channels` say, as far as the metadata has them."""
+    try:
+        settings = json.loads(metadata["settings"])
+    except (ValueError, KeyError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def reads_bgr(metadata: Mapping[str, str], name: str) -> bool:
     """Whether `channel_order` says that the network was trained on BGR. `UsageError` if it says neither."""
     order = metadata.get("channel_order", "RGB").upper()
@@ -141,13 +160,38 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = {}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         record = content.get("record")
-        if isinstance(record, Mapping) and record.get("normalisation") is not None:
-            metadata["normalisation"] = json.dumps(record["normalisation"])
+        if isinstance(record, Mapping):
+            metadata = _metadata_of(record)
         content = content["state_dict"]
     tensors = dict(itertools.islice(_flatten(content), MOST_TENSORS + 1))
     if len(tensors) > MOST_TENSORS:  # a dictionary within itself many times over would never end
         raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
     return tensors, metadata
+
+
+def _metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the record of a run's checkpoint says of its images, classes, keypoints and network."""
+    metadata = {}
+    if record.get("normalisation") is not None:
+        metadata["normalisation"] = json.dumps(record["normalisation"])
+    categories, skeleton = record.get("categories"), record.get("skeleton")
+    named = {
+        "classes": [c.get("name") for c in categories if isinstance(c, Mapping)]
+        if isinstance(categories, list)
+        else [],
+        "keypoints": skeleton.get("names") if isinstance(skeleton, Mapping) else [],
+    }
+    for key, names in named.items():
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            metadata[key] = json.dumps(names)
+    config = record.get("config")
+    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
+        settings = {f"model.{key}": value for key, value in config["model"].items()}
+        choices = config.get("choices")
+        if isinstance(choices, Mapping) and "backbone" in choices:
+            settings["backbone"] = choices["backbone"]
+        metadata["settings"] = json.dumps(settings, default=str)
+    return metadata
 
 
 def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -3,17 +3,60 @@
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import sources, weight_files
 from .errors import UsageError
 from .foreign_names import torchvision_names
-from .norm import check_freezable, freeze_norms
+from .norm import FrozenBatchNorm2d, check_freezable, freeze_norms
 from .receipt import Clash, Normalisation, Receipt, few
 
 LEARNED = ("weight", "bias")  # buffers come and go from release to release, and say little of a network
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a source holds, and what it and its publisher say of it; see `sources.Source` and `Receipt`."""
+
+    name: str
+    sha256: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    normalisation: Normalisation | None
+    licence: str | None
+    classes: tuple[str, ...] | None
+    keypoints: tuple[str, ...] | None
+    norm_eps: float | None
+
+
+def open_source(source: str | Path) -> Opened:
+    """The tensors of `source` under torchvision's names; `UsageError` where it cannot be read.
+
+    What can stand for `source` is said at `load_weights`.
+    """
+    file = sources.find(source)
+    before = weight_files.version(file.path)
+    sha256 = weight_files.sha256(file.path)
+    tensors, metadata = weight_files.read(file.path)
+    if weight_files.version(file.path) != before and weight_files.sha256(file.path) != sha256:
+        # the SHA-256 could be of another file than the tensors; an equal file may come at any time, from a
+        # process that downloads the same
+        raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
+    return Opened(
+        name=file.name,
+        sha256=sha256,
+        tensors=torchvision_names(tensors, metadata, file.path),
+        metadata=metadata,
+        normalisation=file.normalisation or weight_files.normalisation_of(metadata, str(source)),
+        licence=file.licence or metadata.get("licence"),
+        classes=file.classes or weight_files.names_of(metadata, "classes"),
+        keypoints=file.keypoints or weight_files.names_of(metadata, "keypoints"),
+        norm_eps=file.norm_eps,
+    )
 
 
 def load_weights(
@@ -51,31 +94,24 @@ def load_weights(
     Raises `UsageError`, and leaves the body untouched, where the source cannot be read or does not cover the
     body.
     """
-    file = sources.find(source)
-    before = weight_files.version(file.path)
-    sha256 = weight_files.sha256(file.path)
-    tensors, metadata = weight_files.read(file.path)
-    if weight_files.version(file.path) != before and weight_files.sha256(file.path) != sha256:
-        # the SHA-256 could be of another file than the tensors; an equal file may come at any time, from a
-        # process that downloads the same
-        raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
-    tensors = torchvision_names(tensors, metadata, file.path)
-    normalisation = file.normalisation or weight_files.normalisation_of(metadata, str(source))
-    _check_strides(body, metadata, source)
+    opened = open_source(source)
+    tensors, metadata = opened.tensors, opened.metadata
+    check_strides(body, metadata, source)
 
-    state = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
+    state = {name: tensor for name, tensor in body.state_dict().items() if not is_counter(name)}
     if any(tensor.is_meta for tensor in state.values()):
         raise UsageError(
             f"{type(body).__name__} is on meta, where nothing can be loaded; build it on a device"
         )
     own = {name.removeprefix(getattr(body, "weights_prefix", "")): name for name in state}
-    fits = _fits(tensors, {there: state[name] for there, name in own.items()})
+    fits = fits_by_prefix(tensors, {there: state[name] for there, name in own.items()})
     if prefix is None:
-        prefix = _best_prefix(fits, tensors, own, source)
+        prefix = best_prefix(fits, tensors, own, source)
     elif prefix:
         prefix = prefix.rstrip(".") + "."
     found = {name: tensors[prefix + there] for there, name in own.items() if prefix + there in tensors}
     adapted = _fit_stem(body, found, weight_files.reads_bgr(metadata, str(source)), source)
+    adapted += fit_eps(body, found, opened.norm_eps)
 
     clashing = [
         Clash(name, tuple(state[name].shape), tuple(tensor.shape))
@@ -92,25 +128,25 @@ def load_weights(
             f"{few(tensors)}, wanted are {few(own)}; take weights of the same network"
         )
     used = {prefix + there for there in own}
-    unused = [name for name in tensors if name not in used and not _is_counter(name)]
+    unused = [name for name in tensors if name not in used and not is_counter(name)]
     excused = _excused(body, allow_partial)
     faults = [f"{name} is missing" for name in missing if _stage(body, name) not in excused]
-    faults += [str(clash) for clash in clashing if _stage(body, clash.name) not in excused]
+    faults += [_said(body, clash) for clash in clashing if _stage(body, clash.name) not in excused]
     faults += [f"{few([name])} has no place in it" for name in _homeless(body, unused, prefix, excused)]
     if faults:
         raise UsageError(
             f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(state)} tensors fit "
             f"{under}, but {few(faults)}; build the network they are of, or set allow_partial"
         )
-    new = {name: _converted(found[name], state[name], name, source) for name in loaded}
+    new = {name: converted(found[name], state[name], name, source) for name in loaded}
 
     body.load_state_dict(new, strict=False)
     return Receipt(
-        source=file.name,
-        sha256=sha256,
+        source=opened.name,
+        sha256=opened.sha256,
         prefix=prefix,
-        normalisation=normalisation,
-        licence=file.licence or metadata.get("licence"),
+        normalisation=opened.normalisation,
+        licence=opened.licence,
         metadata=metadata,
         stages=_by_stage(body, loaded=loaded, missing=missing, clashing=clashing_names),
         clashing=tuple(clashing),
@@ -206,7 +242,7 @@ def _submodule(body: nn.Module, stage: str, name: str) -> nn.Module:
         ) from error
 
 
-def _fits(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def fits_by_prefix(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """How many of the body's tensors stand under each prefix of the source: of its shape, and by name."""
     names: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
@@ -222,7 +258,7 @@ def _fits(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> dict[s
     return {prefix: (shapes[prefix], names[prefix]) for prefix in names}
 
 
-def _best_prefix(
+def best_prefix(
     fits: Mapping[str, tuple[int, int]], has: Collection[str], wanted: Collection[str], source: str | Path
 ) -> str:
     """The prefix under which most of the body's tensors are in the source, those of the same shape first."""
@@ -272,7 +308,27 @@ def _fit_stem(body: nn.Module, found: dict[str, Tensor], bgr: bool, source: str 
     return (f"{name}: 3 → {n} input channels",)
 
 
-def _check_strides(body: nn.Module, metadata: Mapping[str, str], source: str | Path) -> None:
+def fit_eps(module: nn.Module, found: dict[str, Tensor], eps: float | None) -> tuple[str, ...]:
+    """Make batch norms compute as those of the source did, with `eps`; says what it did.
+
+    A norm multiplies by weight ÷ √(variance + eps), so that another eps goes into the weight.
+    """
+    fitted = 0
+    for name, norm in module.named_modules():
+        if eps is None or not isinstance(norm, FrozenBatchNorm2d | _BatchNorm) or norm.eps == eps:
+            continue
+        weight, variance = found.get(f"{name}.weight"), found.get(f"{name}.running_var")
+        if weight is None or variance is None or weight.shape != variance.shape:
+            continue
+        there = variance.double() + eps
+        ratio = ((variance.double() + norm.eps) / there).sqrt()
+        factor = ratio.where(there > 0, 1)  # there, eps was all that kept it from dividing by 0
+        found[f"{name}.weight"] = (weight.double() * factor).to(weight.dtype)
+        fitted += 1
+    return (f"{fitted} norms, whose eps was {eps:g}: the difference is in their weights",) if fitted else ()
+
+
+def check_strides(body: nn.Module, metadata: Mapping[str, str], source: str | Path) -> None:
     """Where a bottleneck strides cannot be seen in its weights; with the other way they are worth little."""
     if "stride_in_1x1" not in metadata:
         return
@@ -290,7 +346,7 @@ def _strides_in_1x1(body: nn.Module) -> bool:
     return any(getattr(module, "stride_in_1x1", False) for module in body.modules())
 
 
-def _converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> Tensor:
+def converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> Tensor:
     """The tensor in the body's dtype, if it can stand there."""
     if here.is_floating_point() and not tensor.is_floating_point():
         raise UsageError(
@@ -300,6 +356,17 @@ def _converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> T
     if not tensor.isfinite().all():
         raise UsageError(f"{source} holds NaN or infinite values in {few([name])}; take another file")
     return tensor
+
+
+def _said(body: nn.Module, clash: Clash) -> str:
+    """The clash; where it is the number of channels that the first convolution reads, in so many words."""
+    convolutions = (f"{name}.weight" for name, m in body.named_modules() if isinstance(m, nn.Conv2d))
+    here, there = clash.here, clash.there
+    alike = len(there) == 4 and (here[0], here[2:]) == (there[0], there[2:])
+    if clash.name != next(convolutions, None) or not alike:
+        return str(clash)
+    plural = "s" * (there[1] != 1)
+    return f"{clash}: it reads images of {there[1]} channel{plural}, this network of {here[1]}"
 
 
 def _excused(body: nn.Module, allow_partial: bool | Collection[str]) -> set[str]:
@@ -346,5 +413,6 @@ def _by_stage(body: nn.Module, **fates: list[str]) -> dict[str, dict[str, tuple[
     }
 
 
-def _is_counter(name: str) -> bool:
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts the batches that a norm has seen, with which nothing computes."""
     return name.endswith("num_batches_tracked")

@@ -6,12 +6,13 @@ at.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from resnext_backbones.errors import UsageError
 from tasks.data.samplers import mix
 from tasks.loggers import JsonlLogger
+from tasks.stages import UNDECAYED, with_body_decay
+from tasks.unfreezing import Unfreezing
 
 MOST_CHARTS = 100  # of classes; more than these are logged to metrics.jsonl only
 LEAST_FOR_NORMS = 4  # images
@@ -46,6 +49,9 @@ class Recipe:
     decayed_parameters: int
     undecayed_parameters: int
     frozen_parameters: int
+    body_lr_decay: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)  # by stage, where they differ
+    learning_parameters: Mapping[str, int] = field(default_factory=dict)  # by epoch, where they differ
 
     @property
     def global_batch(self) -> int:
@@ -55,11 +61,14 @@ class Recipe:
         scaled = f" (given for batches of {self.reference_batch_size})" if self.reference_batch_size else ""
         learned = self.decayed_parameters + self.undecayed_parameters
         epochs = f" in {self.epochs} epoch{'s' * (self.epochs > 1)}" if self.epochs else ""
+        stages = ", ".join(f"{stage} {rate:.3g}" for stage, rate in self.learning_rates.items())
+        later = ", ".join(f"{n:,} from epoch {epoch} on" for epoch, n in self.learning_parameters.items())
         return (
-            f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}, "
+            f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}{stages and f' ({stages})'}, "
             f"weight decay {self.weight_decay:g} on {self.decayed_parameters:,} of {learned:,} parameters "
-            f"({self.frozen_parameters:,} frozen); batch {self.global_batch} = {self.batch_size} a device × "
-            f"{self.devices} × {self.accumulate} accumulated; {self.total_steps:,} steps{epochs}"
+            f"({self.frozen_parameters:,} frozen{later and f'; {later} learn'}); "
+            f"batch {self.global_batch} = {self.batch_size} a device × {self.devices} × "
+            f"{self.accumulate} accumulated; {self.total_steps:,} steps{epochs}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,6 +85,9 @@ class BaseTask(LightningModule):
         scheduler: makes the learning rate's schedule from (optimizer, total_steps), stepped every step.
         reference_batch_size: the global batch that `lr` is meant for; `lr` is scaled in proportion to the
             real one, devices × batch × accumulation (Goyal et al., arXiv 1706.02677). None: not scaled.
+        body_lr_decay: the body's last stage learns with so many times the rate of what is above it, the stage
+            below that with so many times its rate, and so on down to the stem (`tasks.stages`), above 0, up
+            to 1. None: one rate for all.
         seed: random numbers of a training step are a function of it, the epoch and the step, so that a
             resumed run draws what an uninterrupted one would have drawn.
     """
@@ -87,13 +99,14 @@ class BaseTask(LightningModule):
         scheduler: Callable[..., LRScheduler],
         *,
         reference_batch_size: int | None = None,
+        body_lr_decay: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
         self.seed = seed
         self._optimizer, self._scheduler = optimizer, scheduler
-        self._reference_batch_size = reference_batch_size
+        self._reference_batch_size, self._body_lr_decay = reference_batch_size, body_lr_decay
         self.metrics: dict[str, Any] = {}
         self.numbers: dict[str, float] = {}  # of the last judgement of each split
         self.recipe: Recipe | None = None
@@ -120,6 +133,14 @@ class BaseTask(LightningModule):
 
     def picture(self, batch: Any, i: int, found: Any, min_score: float) -> Image.Image:
         """Image `i` of a batch with the truth and what was found in it."""
+        raise NotImplementedError
+
+    def prediction(self, found: Any, about: Mapping[str, Any]) -> Any:
+        """An image's entry of `predict` as a `Prediction` of `tasks.prediction.predictions`.
+
+        For `tasks.load.load_task`, of a task that is no subclass of one of this project's. about: the fields
+        that every `Prediction` has.
+        """
         raise NotImplementedError
 
     @property
@@ -230,30 +251,47 @@ class BaseTask(LightningModule):
     def configure_optimizers(self) -> Any:
         keywords = getattr(self._optimizer, "keywords", {})
         groups = parameter_groups(self.model, keywords.get("weight_decay", 0.0))
-        self.recipe = self._derive(keywords, groups)
-        optimizer = self._optimizer(groups, lr=self.recipe.learning_rate)
+        learning_rate = keywords["lr"] * self._batch_scale()
+        if self._body_lr_decay is not None:
+            groups = with_body_decay(groups, self.model, learning_rate, self._body_lr_decay)
+        self.recipe = self._derive(keywords, learning_rate, groups)
+        optimizer = self._optimizer(groups, lr=learning_rate)
         scheduler = self._scheduler(optimizer, total_steps=self.recipe.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _derive(self, keywords: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> Recipe:
+    def _batch_scale(self) -> float:
+        """The global batch by the one that the learning rate is meant for."""
         trainer = self.trainer
         batch_size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         global_batch = batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        scale = global_batch / self._reference_batch_size if self._reference_batch_size else 1.0
-        decayed, undecayed = (sum(p.numel() for p in group["params"]) for group in groups)
+        return global_batch / self._reference_batch_size if self._reference_batch_size else 1.0
+
+    def _derive(
+        self, keywords: Mapping[str, Any], learning_rate: float, groups: Sequence[Mapping[str, Any]]
+    ) -> Recipe:
+        trainer = self.trainer
+        learned = [p for group in groups for p in group["params"]]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        unfreezing = next((c for c in callbacks if isinstance(c, Unfreezing)), None)
+        later = unfreezing.learning(self.model) if unfreezing else {}
         return Recipe(
             optimizer=getattr(self._optimizer, "func", self._optimizer).__name__,
-            learning_rate=keywords["lr"] * scale,
+            learning_rate=learning_rate,
             reference_batch_size=self._reference_batch_size,
-            batch_size=batch_size,
+            batch_size=trainer.datamodule.batch_size,  # type: ignore[attr-defined]
             devices=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             epochs=trainer.max_epochs if trainer.max_epochs != -1 else None,
             total_steps=self._total_steps(),
             weight_decay=keywords.get("weight_decay", 0.0),
-            decayed_parameters=decayed,
-            undecayed_parameters=undecayed,
+            decayed_parameters=sum(p.numel() for p in learned if _decays(p)),
+            undecayed_parameters=sum(p.numel() for p in learned if not _decays(p)),
             frozen_parameters=sum(p.numel() for p in self.model.parameters() if not p.requires_grad),
+            body_lr_decay=self._body_lr_decay,
+            learning_rates={
+                group["name"].removesuffix(UNDECAYED): group["lr"] for group in groups if "name" in group
+            },
+            learning_parameters={str(epoch): number for epoch, number in later.items()},
         )
 
     def _total_steps(self) -> int:
@@ -334,6 +372,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0},
     ]
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1

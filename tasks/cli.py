@@ -3,10 +3,13 @@
 Imports nothing heavy: it is loaded before the configuration is composed.
 """
 
+import argparse
 import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose
@@ -17,6 +20,9 @@ from hydra.initialize import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tasks import plugins
+
+SEARCH_PATH = "hydra.searchpath"
 USAGE = 2  # exit code of a mistake that the user can mend
 
 
@@ -27,13 +33,29 @@ def end(message: str, code: int = USAGE) -> NoReturn:
 
 
 def guarded(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
-    """Runs Hydra's `main`; what it cannot compose is explained in one line, with exit code 2."""
+    """Runs Hydra's `main` with the configurations of installed plug-ins.
+
+    What cannot be composed is explained in one line, with exit code 2.
+    """
+    plugins.register()
+    sources, faults = plugins.installed()
+    sources += config_dir_of(sys.argv[1:])
+    shadowed = plugins.clashes(sources, config_dir)
+    for line in [*faults, *(plugins.said(*clash) for clash in shadowed.items())]:
+        print(f"train.py: warning: {line}", file=sys.stderr)
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         end(explain(error, sys.argv[1:], config_dir, config_name))
     except KeyboardInterrupt:
         end("interrupted", 130)
+
+
+def refuse_clashes(choices: Mapping[str, Any], config_dir: str, config_name: str) -> None:
+    """Ends the program if an option is chosen whose name more than one of us and the plug-ins has."""
+    sources = [*plugins.installed()[0], *config_dir_of(sys.argv[1:])]
+    if reason := plugins.refused(choices, config_name, plugins.clashes(sources, config_dir)):
+        end(reason)
 
 
 def explain(error: Exception, arguments: list[str], config_dir: str, config_name: str) -> str:
@@ -48,6 +70,8 @@ def explain(error: Exception, arguments: list[str], config_dir: str, config_name
         return f"{key[1]}: no such key; {_nearest(key[1], known)} (all keys: python train.py --cfg job)"
     if bad := re.search(r"Error parsing override '(.*?)'", text):
         return f"{bad[1]}: write key=value, and quote values with spaces, commas or brackets: 'key=\"a, b\"'"
+    if "Additional config directory" in text:
+        return f"{text}; give --config-dir a folder of configurations"
     return text
 
 
@@ -57,12 +81,15 @@ def check_types(cfg: DictConfig, overrides: Sequence[str], groups: Iterable[str]
     values = [override for override in parsed if override.key_or_group not in groups]
     if not values:
         return
-    chosen = [o for o, override in zip(overrides, parsed, strict=True) if override.key_or_group in groups]
+    composing = {*groups, SEARCH_PATH}
+    chosen = [o for o, override in zip(overrides, parsed, strict=True) if override.key_or_group in composing]
     defaults = compose(config_name, overrides=chosen)
     for override in values:
         key = override.key_or_group
         default, value = (OmegaConf.select(c, key, throw_on_missing=False) for c in (defaults, cfg))
         if default is None or value is None or override.is_delete():
+            continue
+        if (key, value) == ("data.batch_size", "auto"):  # the one number that a word may stand for
             continue
         if wanted := _mismatch(default, value):
             end(f"{key}={value}: {wanted} is wanted, as in {key}={default}")
@@ -90,15 +117,34 @@ def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictCon
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir, version_base="1.3"):
         words = [a for a in arguments if "=" in a and not a.startswith("-")]
+        always = [searched(source) for source in config_dir_of(arguments)]
         while words:
             try:
-                return compose(config_name, overrides=words)
+                return compose(config_name, overrides=[*always, *words])
             except HydraException as error:
                 bad = re.search(r"Could not (?:override|find) '([^']+)'", str(error))
                 culprit = bad[1].split("/")[0] if bad else ""
                 kept = [w for w in words if not w.lstrip("+~").startswith(culprit)]
                 words = kept if culprit and len(kept) < len(words) else []
-        return compose(config_name)
+        return compose(config_name, overrides=always)
+
+
+def config_dir_of(arguments: Sequence[str]) -> list[plugins.Source]:
+    """The folder that Hydra's `--config-dir` names, if it is given and there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd")
+    try:
+        folder = parser.parse_known_args(arguments)[0].config_dir
+    except argparse.ArgumentError:  # Hydra says so
+        return []
+    if folder is None or not os.path.isdir(folder):
+        return []
+    return [plugins.Source(f"--config-dir {folder}", Path(folder).resolve())]
+
+
+def searched(source: plugins.Source) -> str:
+    """The word that adds a folder to Hydra's search path."""
+    return f"{SEARCH_PATH}=['file://{source.folder}']"
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from resnext_backbones.errors import UsageError
-from tasks.base import BaseTask
 from tasks.data.alike import alike
 from tasks.data.batches import DetectionBatch
 from tasks.data.keypoints import TO_CENTRE
@@ -20,24 +19,36 @@ from tasks.metrics.coco import CocoAP
 from tasks.models.masks import paste
 from tasks.models.one_stage import OneStage
 from tasks.models.rcnn import RCNN
+from tasks.views import PLAIN, View, ViewedTask, merged, suppression
 
 Detections = list[dict[str, Any]]
 
 
-class DetectionTask(BaseTask):
+class DetectionTask(ViewedTask):
     """Trains any detector: two-stage or one-stage, of boxes alone or also of masks or keypoints.
 
-    Args: those of `BaseTask`, and
+    Args: those of `ViewedTask`, and
         model: called as `model(images, sizes, targets)`; has `evaluate` (see `tasks.models.rcnn.RCNN`).
         iou_types: what is judged, of "bbox", "segm" and "keypoints".
 
-    Raises UsageError for a model of another task.
+    With several views the detections of all are merged (`tasks.views.merged`). Masks and keypoints are those
+    of the merged boxes, looked for in every view: the mean of the masks' probabilities, as in Detectron2's
+    `GeneralizedRCNNWithTTA`, and of the keypoints' heatmaps, as Detectron's `KPS_AUG` has it by `HM_AVG`.
+
+    Raises UsageError for a model of another task, and with several views for one that they are not known of.
     """
 
     def __init__(self, *args: Any, iou_types: Sequence[str] = ("bbox",), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.iou_types = tuple(iou_types)
         refuse_other_model(self.model, set(iou_types))
+        if self.views != (PLAIN,):
+            suppression(self.model)
+            if set(iou_types) != {"bbox"} and not hasattr(self.model, "maps"):
+                raise UsageError(
+                    f"task.views: {type(self.model).__name__} has no method `maps`, by which masks and "
+                    "keypoints of several views are averaged (tasks/models/rcnn.py); leave out tta"
+                )
 
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         return self.model(batch.images, batch.sizes, batch.targets)
@@ -49,11 +60,7 @@ class DetectionTask(BaseTask):
         where the model gives them `rles` (N run-length masks as pycocotools has them) or `keypoints` (float32
         [N, P, 3]: x, y, 1; as in COCO's files, where whole numbers are the centres of pixels).
         """
-        found: dict[int, dict[str, Any]] = {}
-        for places, part in alike(batch):
-            detections = self._in_original_pixels(part, self.model(part.images, part.sizes))
-            found |= zip(places, detections, strict=True)
-        return [found[i] for i in range(len(batch.image_ids))]
+        return self._in_original_pixels(batch, self._found(batch, self.views))
 
     def metric(self, split: str) -> CocoAP:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -70,10 +77,11 @@ class DetectionTask(BaseTask):
         for places, part in alike(batch):
             targets = [learnable(t, size) for t, size in zip(part.targets, part.sizes.tolist(), strict=True)]
             found, of_part = self.model.evaluate(part.images, part.sizes, targets)  # type: ignore[operator]
-            detections |= zip(places, self._in_original_pixels(part, found), strict=True)
+            detections |= zip(places, found, strict=True)
             for name, loss in of_part.items():
                 losses[name] = losses.get(name, 0) + loss * (len(places) / len(batch.image_ids))
-        in_order = [detections[i] for i in range(len(batch.image_ids))]
+        plain = [detections[i] for i in range(len(batch.image_ids))]
+        in_order = self._in_original_pixels(batch, self._found(batch, self.judged_views, plain))
         metric.update(batch.image_ids.tolist(), in_order)
         return in_order, losses
 
@@ -114,6 +122,71 @@ class DetectionTask(BaseTask):
             shown["masks"] = [nearest(mask, (height, width)) for mask in masks]
         truth = {key: value.cpu() for key, value in batch.targets[i].items()}
         return batch.images[i, :, :height, :width].cpu(), truth, shown
+
+    def _found(
+        self, batch: DetectionBatch, views: Sequence[View], plain: Detections | None = None
+    ) -> Detections:
+        """What the views find in each image, in the batch's pixels.
+
+        plain: what is found in the images as they are, where it is known.
+        """
+        by_view = [
+            plain if view == PLAIN and plain is not None else self._detections(view.of_batch(batch))
+            for view in views
+        ]
+        if views == (PLAIN,):  # merging would suppress once more, with other rounding
+            return by_view[0]
+        sizes, rule = batch.sizes.tolist(), suppression(self.model)
+        result: Detections = []
+        for of_views, size in zip(zip(*by_view, strict=True), sizes, strict=True):
+            there = [
+                {**found, "boxes": view.boxes_back(found["boxes"], *size)}
+                for view, found in zip(views, of_views, strict=True)
+            ]
+            result.append(dict(merged(there, *rule)))
+        if set(self.iou_types) != {"bbox"}:
+            for found, maps in zip(result, self._maps(batch, views, result), strict=True):
+                found |= self.model.of_maps(maps, found["boxes"])  # type: ignore[operator]
+        return result
+
+    def _detections(self, batch: DetectionBatch) -> Detections:
+        found: dict[int, dict[str, Any]] = {}
+        for places, part in alike(batch):
+            found |= zip(places, self.model(part.images, part.sizes), strict=True)
+        return [found[i] for i in range(len(batch.image_ids))]
+
+    def _maps(
+        self, batch: DetectionBatch, views: Sequence[View], found: Detections
+    ) -> list[dict[str, Tensor]]:
+        """Of each image the maps of its boxes (`RCNN.maps`), the mean over the views.
+
+        The network's maps of all views are not kept from the first pass: memory would grow with their number.
+        """
+        sizes = batch.sizes.tolist()
+        mirrored = "keypoints" in self.iou_types and any(view.flip for view in views)
+        mirror = {"heatmaps": self._mirror()} if mirrored else {}
+        means: list[dict[str, Tensor]] = [{} for _ in found]
+        for view in views:
+            for places, part in alike(view.of_batch(batch)):
+                boxes = [view.boxes(found[i]["boxes"], *sizes[i]) for i in places]
+                labels = [found[i]["labels"] for i in places]
+                of_part = self.model.maps(part.images, part.sizes, boxes, labels)  # type: ignore[operator]
+                for i, maps in zip(places, of_part, strict=True):
+                    for name, values in maps.items():
+                        there = view.maps_back(values, mirror.get(name)) / len(views)
+                        means[i][name] = means[i][name] + there if name in means[i] else there
+        return means
+
+    def _mirror(self) -> list[int]:
+        """Which keypoint stands in the place of each after mirroring (`tasks.data.keypoints.Skeleton`)."""
+        skeleton = self.record.get("skeleton") or {}
+        mirror = skeleton.get("mirror")
+        if not isinstance(mirror, list | tuple) or sorted(mirror) != list(range(len(skeleton["names"]))):
+            raise UsageError(
+                "task.views: the checkpoint does not say which keypoints a mirror swaps (skeleton.mirror); "
+                "predict without tta"
+            )
+        return list(mirror)
 
     @staticmethod
     def _in_original_pixels(batch: DetectionBatch, detections: Sequence[Mapping[str, Tensor]]) -> Detections:

@@ -18,6 +18,8 @@ CONFIG = "config.yaml"
 
 # What may change when a run goes on; network, data and seed are part of what it is.
 CHANGEABLE = ("stages", "trainer", "logger", "callbacks", "optimizer", "scheduler", "resume", "runs_dir")
+# Groups whose settings stand under another key than their own name.
+ELSEWHERE = {"tta": "task.views", "ema": "callbacks.ema", "early_stopping": "callbacks.early_stopping"}
 PREPARATION = ("target", "image_size", "crop_ratio", "interpolation")  # of data, what a network learned with
 CHANGEABLE_DATA = ("num_workers", "worker_timeout", "root", "max_pixels", "max_drop_fraction")
 
@@ -65,15 +67,25 @@ def resumed(
     kept = _kept(folder, f"resume={cfg.resume}")
     with open_dict(kept):
         for override in OverridesParser.create().parse_overrides(list(overrides)):
-            key = override.key_or_group
+            group = override.key_or_group
+            key = ELSEWHERE.get(group, group)
             value = OmegaConf.select(cfg, key)
-            again = key in choices and choices[key] == kept.choices.get(key)
+            again = group in choices and choices[group] == kept.choices.get(group)
             if key == "resume" or again:
                 continue
+            if group in choices and key not in cfg and group not in ELSEWHERE:
+                raise UsageError(
+                    f"{override.input_line}: cannot be chosen when {folder} goes on; give its keys one by one"
+                )
+            if key == "callbacks.ema" and value is None and OmegaConf.select(kept, key) is not None:
+                raise UsageError(
+                    f"{override.input_line}: {folder} averages its weights, which cannot end when it goes on"
+                )
             if not _changeable(key) and value != OmegaConf.select(kept, key):
                 raise UsageError(
                     f"{key}: network, data and seed cannot change when {folder} goes on; "
-                    "start a new run, with backbone.weights=FOLDER to begin from its weights"
+                    "start a new run, with model.weights=FOLDER or backbone.weights=FOLDER to begin from its "
+                    "weights"
                 )
             OmegaConf.update(kept, key, value, merge=False, force_add=True)
             say(f"override: {override.input_line}")
@@ -92,6 +104,7 @@ def of_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if record is None:  # not one of ours: the command line says what it holds
         return cfg
     asked = {o.key_or_group for o in OverridesParser.create().parse_overrides(list(overrides))}
+    asked |= {"task.views"} if "tta" in asked else set()  # what that group sets
     kept = OmegaConf.create(record)
     with open_dict(cfg), open_dict(kept):
         for part in ("backbone", "model", "task", "data"):
@@ -127,4 +140,4 @@ def _kept(folder: Path, said: str) -> DictConfig:
 
 def _changeable(key: str) -> bool:
     first, _, rest = key.partition(".")
-    return first in CHANGEABLE or (first == "data" and rest in CHANGEABLE_DATA)
+    return first in CHANGEABLE or (first == "data" and rest in CHANGEABLE_DATA) or key == "task.views"

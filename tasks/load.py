@@ -1,7 +1,8 @@
 """A trained network out of a run's folder or a checkpoint, ready for images.
 
 A checkpoint may come from a stranger. It is read without unpickling, and its configuration may name only this
-project's own networks; anything else would be code of the file's choice.
+project's own networks, and builders that an installed plug-in declares (`tasks.plugins`); anything else would
+be code of the file's choice.
 """
 
 import warnings
@@ -15,11 +16,13 @@ from omegaconf import OmegaConf
 import resnext_backbones
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
+from tasks.building import HAND_OVER, build, build_body, build_model, precision
 from tasks.checkpoint import read_checkpoint
+from tasks.plugins import BUILDERS, builders
 from tasks.prediction.predictor import Predictor
-from tasks.run import HAND_OVER, build, build_body, precision
+from tasks.pretrained import restore_normalisation
 
-ALLOWED = {  # what a checkpoint's configuration may build, and nothing else
+ALLOWED = {  # of ours, what a checkpoint's configuration may build
     "backbone": {
         f"resnext_backbones.{name}"
         for name in (*resnext_backbones.VARIANTS, "ResNeXt", "TorchvisionBody", "TimmBody")
@@ -28,6 +31,7 @@ ALLOWED = {  # what a checkpoint's configuration may build, and nothing else
         *(f"tasks.models.rcnn.{name}" for name in ("faster_rcnn", "mask_rcnn", "keypoint_rcnn")),
         *(f"tasks.models.one_stage.{name}" for name in ("retinanet", "fcos")),
         *(f"tasks.models.semantic.{name}" for name in ("semantic_fpn", "deeplabv3")),
+        "tasks.models.c4.faster_rcnn_c4",
         "tasks.models.classifier.Classifier",
     },
     "task": {
@@ -38,7 +42,12 @@ ALLOWED = {  # what a checkpoint's configuration may build, and nothing else
 }
 
 
-def load_task(path: str | Path, device: str = "auto", trust: bool = False) -> Predictor:
+def load_task(
+    path: str | Path,
+    device: str = "auto",
+    trust: bool = False,
+    views: Mapping[str, Any] | None = None,
+) -> Predictor:
     """The network of a run, which predicts as it did in the run's test stage.
 
     from tasks.load import load_task
@@ -52,16 +61,22 @@ def load_task(path: str | Path, device: str = "auto", trust: bool = False) -> Pr
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator where there is one.
         trust: whether the checkpoint may name code of its own, and lift the limit on an image's pixels. As
             dangerous as running a program from where it came from.
+        views: of each image, such as {"flip": True, "scales": [0.75, 1.0, 1.25]}, whose results are merged
+            (test-time augmentation, `tasks.views`); {}: the image as it is; None: as the run had it.
 
     Raises:
-        UsageError: there is no readable checkpoint, it is not one of a run, it names code that is not this
-            project's, or its weights do not fit the network it names.
+        UsageError: there is no readable checkpoint, it is not one of a run, it names code that is neither
+            this project's nor declared by an installed plug-in, or its weights do not fit the network it
+            names.
     """
     file, checkpoint = _best_or_last(Path(path))
     record = _record(checkpoint, file)
     if not trust:
+        declared = set(builders())  # by name; a plug-in is not imported before something of it is built
         for part, allowed in ALLOWED.items():
-            refuse_code(record["config"][part], part, allowed, file)
+            refuse_code(record["config"][part], part, allowed | declared, file)
+    if views is not None:
+        record["config"]["task"]["views"] = views
     where = _device(device)
     task = _built(record, file)
     _fill(task, checkpoint["state_dict"], file)
@@ -92,7 +107,11 @@ def refuse_code(config: Any, part: str, allowed: set[str], file: Path) -> None:
     """
     target = config.get("_target_") if isinstance(config, Mapping) else None
     if not isinstance(target, str) or target not in allowed:
-        raise _refused(file, f"{part}._target_={target}")
+        raise _refused(
+            file,
+            f"{part}._target_={target}",
+            f"install the package that it comes from, if that is a plug-in (entry points {BUILDERS}); ",
+        )
     for key, value in config.items():
         if key != "_target_":
             _refuse_code(key, value, f"{part}.{key}", file)
@@ -113,9 +132,9 @@ def _refuse_code(key: Any, value: Any, where: str, file: Path) -> None:
         raise _refused(file, f"{where}: a {type(value).__name__}")
 
 
-def _refused(file: Path, what: str) -> UsageError:
+def _refused(file: Path, what: str, hint: str = "") -> UsageError:
     return UsageError(
-        f"{file}: names code that is not this project's, {what[:200]!r}; it was not run. If you "
+        f"{file}: names code that is not this project's, {what[:200]!r}; it was not run. {hint}If you "
         "trust where the file comes from, give trust=True (--trust)"
     )
 
@@ -175,7 +194,8 @@ def _built(record: Mapping[str, Any], file: Path) -> BaseTask:
     if skeleton is not None:
         arguments["num_keypoints"] = len(skeleton["names"])
     body, _ = build_body(cfg)
-    model = build(cfg, "model", body=body, **arguments)
+    model = build_model(cfg, body, **arguments)
+    restore_normalisation(model, body, record.get("normalisation"), file)
     task: BaseTask = build(cfg, "task", model=model, optimizer=None, scheduler=None)
     task.record = dict(record)
     return task

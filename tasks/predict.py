@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from tasks.prediction.predictor import Predictor
 
 PROGRAM = "python -m tasks.predict"
+VIEWS = ("none", "flip", "flip_multiscale")  # the names of tasks.views.NAMED
 EXAMPLES = f"""
 examples:
   {PROGRAM} runs/X photo.jpg                    one image
   {PROGRAM} runs/X photos/ more/a.png           a folder with all below it, and a file
   {PROGRAM} runs/X 'photos/**/*.jpg' --score 0.7
   {PROGRAM} runs/X/checkpoints/last.ckpt photos --output found --device cpu
+  {PROGRAM} runs/X photos --tta flip             a little better, at twice the time
 
 In the folder DIR:
   pictures/         each image with what was found in it, in the folders that the images are in
@@ -69,12 +71,14 @@ def _run(args: argparse.Namespace) -> int:
     from tasks.load import load_task
     from tasks.prediction.arguments import chosen_images
     from tasks.prediction.files import output_folder
+    from tasks.views import NAMED
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.showwarning = _warn
     chosen = chosen_images(args.images)
-    predictor = load_task(args.run, args.device, trust=args.trust)
+    views = None if args.tta is None else NAMED[args.tta]
+    predictor = load_task(args.run, args.device, trust=args.trust, views=views)
     folder = output_folder(args.output, args.run)
     began = time.monotonic()
     done, faults, stopped = _predict(args, predictor, chosen, folder)
@@ -224,6 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole_number(0),
         metavar="N",
         help="processes that read images, and threads that draw (by the number of cores)",
+    )
+    add(
+        "--tta",
+        choices=VIEWS,
+        help="merge what is found in each image and its mirror image (flip, twice the time), also at 0.75 "
+        "and 1.25 times the size (flip_multiscale, six times); without it as in the run's test stage",
     )
     add("--no-pictures", action="store_true", help="write results only")
     add(

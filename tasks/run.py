@@ -1,67 +1,28 @@
 """One run: what its configuration names is built, its stages follow one another, its results are kept."""
 
-import logging
-import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch import nn
+from omegaconf import DictConfig
 
-from resnext_backbones import Receipt, freeze, freeze_norms, load_weights
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
-from tasks.checkpoint import AtomicCheckpointIO, find_checkpoint
+from tasks.batch_size import found_batch_size, refuse_auto
+from tasks.building import build, build_task, build_trainer, precision
+from tasks.checkpoint import find_checkpoint
 from tasks.data.check import check_dataset
-from tasks.data.module import SPLITS, ImageData
-from tasks.folder import best_of, of_checkpoint, open_folder, resumed
-from tasks.pretrained import (
-    keep_receipt,
-    normalisation,
-    other_normalisation,
-    refuse_idle_norms,
-    refuse_other_channels,
-)
-from tasks.provenance import git_state, plain, versions, without_secrets, write_summary
-from tasks.wandb_run import WandbLogger, wandb_logger
+from tasks.data.module import AUTO, SPLITS, ImageData
+from tasks.folder import best_of, of_checkpoint, open_folder, resumed, save_config
+from tasks.pretrained import keep_receipt
+from tasks.provenance import git_state, versions, without_secrets, write_summary
+from tasks.terminal import hush, say, table
+from tasks.wandb_run import WandbLogger
 
 STAGES = ("check", "fit", "validate", "test")
-MOST_ROWS = 40  # of classes in the table at the end
-HAND_OVER = ("weights", "freeze_at", "freeze_norms")  # of `backbone`, what is not an argument of the body
-console = Console(highlight=False, soft_wrap=True)
-
-
-def hush() -> None:
-    """Lightning's remarks on settings that are as they should be drown what a user has to read."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*LeafSpec.*is deprecated"
-    )  # inside Lightning, with torch 2.15
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty")  # resume
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # on two cores one is right
-    warnings.filterwarnings(
-        "ignore", message=".*smaller than the logging interval"
-    )  # it counts on over epochs
-
-
-@rank_zero_only
-def say(text: Any) -> None:
-    console.print(text)
 
 
 def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> Path:
@@ -85,6 +46,7 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
         stages = wanted(cfg)
     elif cfg.ckpt_path is not None:
         cfg = of_checkpoint(cfg, overrides)
+    refuse_auto(cfg, stages)
     seed_everything(cfg.seed, verbose=False)
     data = build(cfg, "data", seed=cfg.seed)
     data.prepare_data()
@@ -110,6 +72,8 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
         if cfg.resume is None:  # a run that goes on keeps the receipt it began with
             summary["weights"] = receipt and keep_receipt(receipt, folder)
             write_summary(folder, summary)
+        if cfg.data.get("batch_size") == AUTO:
+            settle_batch_size(cfg, task, data, folder)
         trainer = build_trainer(cfg, folder, summary)
         try:
             results: dict[str, float] = {}
@@ -128,9 +92,6 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     return folder
 
 
-# Building what the configuration names.
-
-
 def wanted(cfg: DictConfig) -> list[str]:
     """The stages in their order; one alone may be given without brackets."""
     stages = [cfg.stages] if isinstance(cfg.stages, str) else list(cfg.stages)
@@ -144,103 +105,17 @@ def wanted(cfg: DictConfig) -> list[str]:
     return stages
 
 
-def build(cfg: DictConfig, key: str, **more: Any) -> Any:
-    """The object that `cfg[key]` names by `_target_`; the user's own mistakes come out as UsageError."""
-    try:
-        return instantiate(cfg[key], _convert_="all", **more)  # lists and dicts, not Hydra's own kinds
-    except MissingMandatoryValue as fault:
-        missing = sorted(f"{key}.{name}" for name in cfg[key] if OmegaConf.is_missing(cfg[key], name))
-        raise UsageError(f"{', '.join(missing)} is not given; add {missing[0]}=VALUE") from fault
-    except InstantiationException as fault:
-        if isinstance(fault.__cause__, UsageError):
-            raise fault.__cause__ from None
-        if isinstance(
-            fault.__cause__,
-            TypeError | ValueError | ImportError | AttributeError | MisconfigurationException | None,
-        ):
-            reason = str(fault).splitlines()[0] if fault.__cause__ is None else repr(fault.__cause__)
-            raise UsageError(f"{key}: {cfg[key].get('_target_')}: {reason}") from fault
-        raise
-
-
-def build_task(cfg: DictConfig, data: ImageData) -> tuple[BaseTask, Receipt | None]:
-    """The network in the task that trains it, and the receipt of the weights it begins with."""
-    body, receipt = build_body(cfg)
-    model = build(cfg, "model", body=body, **data.model_arguments)
-    model.to(memory_format=torch.channels_last)
-    optimizer, scheduler = build(cfg, "optimizer"), build(cfg, "scheduler")
-    task = build(cfg, "task", model=model, optimizer=optimizer, scheduler=scheduler, seed=cfg.seed)
-    task.record = {
-        "config": without_secrets(OmegaConf.to_container(cfg, resolve=True)),
-        "categories": data.categories,
-        "skeleton": data.skeleton and plain(asdict(data.skeleton)),
-        "normalisation": getattr(body, "normalisation", None) or normalisation(model),
-    }
-    if receipt is not None and (warning := other_normalisation(receipt, model, body)):
-        say(Text(warning))
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{type(model).__name__} on {cfg.backbone._target_.rpartition('.')[2]}: {parameters:,} parameters")
-    return task, receipt
-
-
-def build_body(cfg: DictConfig) -> tuple[nn.Module, Receipt | None]:
-    """The body with its weights; early stages and norms stay as they are by default if pretrained.
-
-    Where a checkpoint is loaded into the network anyhow, the weights it once began with are not read again.
-    """
-    weights, freeze_at, frozen_norms = (cfg.backbone[key] for key in HAND_OVER)
-    if weights is None and (freeze_at or frozen_norms):
-        raise UsageError(
-            f"backbone.freeze_at={freeze_at}, backbone.freeze_norms={frozen_norms} would keep random numbers "
-            "as they are: give backbone.weights=SOURCE, or leave them out"
-        )
-    arguments = OmegaConf.masked_copy(cfg.backbone, [key for key in cfg.backbone if key not in HAND_OVER])
-    body = build(OmegaConf.create({"backbone": arguments}), "backbone")
-    refuse_other_channels(body)
-    receipt = None
-    if cfg.resume is None and cfg.ckpt_path is None:
-        if weights is not None:
-            receipt = load_weights(body, weights)
-            say(Text(without_secrets(str(receipt))))  # as text, since rich would unfold the dataclass
-        else:
-            refuse_idle_norms(body)
-    if frozen_norms if frozen_norms is not None else weights is not None:
-        freeze_norms(body)
-    freeze(body, freeze_at if freeze_at is not None else 2 if weights is not None else 0)
-    return body, receipt
-
-
-def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> Trainer:
-    """Lightning's trainer with our checkpoints, our samplers and the loggers."""
+def settle_batch_size(cfg: DictConfig, task: BaseTask, data: ImageData, folder: Path) -> None:
+    """Puts the number found for `data.batch_size=auto` into data, configuration, folder and checkpoints."""
     settings = cfg.copy()
     settings.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = [build(settings.callbacks, name) for name in settings.callbacks]
-    return build(
-        settings,
-        "trainer",
-        callbacks=callbacks,
-        logger=build_loggers(settings, folder, summary),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=str(folder),
-        use_distributed_sampler=False,  # our samplers know their rank, and do not pad
-        num_sanity_val_steps=0,  # two batches say nothing about a split
-        enable_model_summary=False,
-    )
-
-
-def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> list[Logger]:
-    provenance = {key: summary[key] for key in ("command", "versions", "git", "weights") if key in summary}
-    config = {**OmegaConf.to_container(cfg, resolve=True), **provenance}  # type: ignore[dict-item]
-    loggers = [build(cfg.logger, name) for name in cfg.logger if name != "wandb"]
-    wandb = wandb_logger(
-        **cfg.logger.wandb,
-        run_id=cfg.run_id,
-        name=f"{summary['model']}-{summary['backbone']}-{cfg.seed}",
-        folder=folder,
-        job_type=summary["task"],
-        config=without_secrets(config),
-    )
-    return loggers + ([wandb] if wandb else [])
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trial = build(settings, "trainer", enable_model_summary=False, **silent)
+    unfreeze = cfg.backbone.get("unfreeze")
+    least_frozen = None if unfreeze is None else min(unfreeze.values())
+    found = found_batch_size(task, data, build(cfg, "optimizer"), trial, say, least_frozen)
+    cfg.data.batch_size = data.batch_size = task.record["config"]["data"]["batch_size"] = found
+    save_config(cfg, folder)
 
 
 def end_tracking(loggers: Sequence[Logger], failed: bool) -> None:
@@ -248,23 +123,6 @@ def end_tracking(loggers: Sequence[Logger], failed: bool) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.close(failed)
-
-
-def precision(asked: str | int, accelerator: str) -> str | int:
-    """`auto` becomes bf16-mixed where the accelerator computes in bfloat16, 32-true elsewhere."""
-    asked = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(str(asked), asked)
-    if str(asked).endswith("-true") and not str(asked).startswith(("32", "64")):
-        raise UsageError(
-            f"trainer.precision={asked}: losses and boxes need float32; give bf16-mixed or 32-true"
-        )
-    if asked != "auto":
-        return asked
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # elsewhere it is emulated, and slower than float32
-        cpu = torch.cpu.get_capabilities() if accelerator in ("auto", "cpu") else {}
-        fast = torch.backends.mkldnn.is_available() and any(cpu.get(k) for k in ("avx512_bf16", "amx_bf16"))
-    return "bf16-mixed" if fast else "32-true"
 
 
 # The stages.
@@ -323,25 +181,3 @@ def judged(cfg: DictConfig, trainer: Trainer) -> str | None:
         return None
     say(f"evaluating {path}")
     return path
-
-
-def table(results: Mapping[str, float]) -> Table:
-    """The final numbers, splits side by side; those of the classes, such as "AP/circle", at the end."""
-    splits = [s for s in ("val", "test") if any(k.startswith(f"{s}/") for k in results)]
-    out = Table("metric", *splits)
-    names = dict.fromkeys(k.partition("/")[2] for k in results if k.partition("/")[0] in splits)
-    of_classes = [name for name in names if "/" in name]
-    if len(of_classes) > MOST_ROWS:  # the worst and the best of the last split
-        of_classes.sort(key=lambda name: results.get(f"{splits[-1]}/{name}", math.nan))
-        left_out = len(of_classes) - MOST_ROWS
-        of_classes = [*of_classes[: MOST_ROWS // 2], *of_classes[-MOST_ROWS // 2 :]]
-        out.caption = f"{left_out} classes between the worst and the best are in summary.json"
-    for name in [*(name for name in names if "/" not in name), *of_classes]:
-        kind, _, of = name.partition("/")
-        text = Text(f"{kind} of {of}" if of else kind)
-        out.add_row(text, *(_cell(results.get(f"{split}/{name}")) for split in splits))
-    return out
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from resnext_backbones.errors import UsageError
+
 
 def warmup_cosine(
     optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0
@@ -14,10 +16,12 @@ def warmup_cosine(
 
     Args:
         total_steps: optimizer steps of the whole run.
-        warmup: share of `total_steps` in which the rate rises, 0…1.
+        warmup: in which the rate rises: below 1 a share of `total_steps`, from 1 on a number of steps.
         final: what is left of the rate at the end, 0…1.
+
+    Raises UsageError for a warm-up that is neither.
     """
-    rising = round(warmup * total_steps)
+    rising = warmup_steps(warmup, total_steps)
 
     def factor(step: int) -> float:
         if step < rising:
@@ -43,10 +47,22 @@ def warmup_multistep(
         milestones: shares of `total_steps`, 0…1; the default is that of Detectron's 1× schedule, steps
             60,000 and 80,000 of 90,000.
     """
-    rising = round(warmup * total_steps)
+    rising = warmup_steps(warmup, total_steps)
 
     def factor(step: int) -> float:
         passed = sum(step >= round(share * total_steps) for share in milestones)
         return min(1.0, (step + 1) / (rising + 1)) * gamma**passed
 
     return LambdaLR(optimizer, factor)
+
+
+def warmup_steps(warmup: float, total_steps: int) -> int:
+    """Steps of a warm-up, which recipes quote either as a share of the run or as a number (Detectron2: 1000).
+
+    One longer than the run is no mistake: a trial of two steps takes the first two of it.
+    """
+    if not (0 <= warmup < 1 or (warmup < math.inf and warmup == int(warmup) > 0)):
+        raise UsageError(
+            f"scheduler.warmup={warmup}: give a share of the run, from 0 to below 1, or a number of steps"
+        )
+    return round(warmup * total_steps) if warmup < 1 else int(warmup)

@@ -9,21 +9,25 @@ from PIL import Image
 from torch import Tensor
 
 from resnext_backbones.errors import UsageError
-from tasks.base import BaseTask, takes
+from tasks.base import takes
 from tasks.data.alike import alike
 from tasks.data.batches import DetectionBatch
 from tasks.data.images import IGNORED
 from tasks.drawing.pictures import draw_classes, side_by_side
 from tasks.metrics.iou import MeanIoU
+from tasks.views import PLAIN, View, ViewedTask
 
 AT_ONCE = 16  # classes whose scores are brought to an image's full size together
 
 
-class SemanticTask(BaseTask):
+class SemanticTask(ViewedTask):
     """Trains a semantic segmentation network by the cross-entropy of every pixel that is not ignored.
 
-    Args: those of `BaseTask`, and
+    Args: those of `ViewedTask`, and
         model: `model(images, sizes) -> logits`, float32 [B, K, H, W] of the padded images' size.
+
+    With several views a pixel's class is the most probable one by the mean of their probabilities, each
+    brought to the size that the network is fed with.
 
     Raises UsageError for a model of another task.
     """
@@ -44,7 +48,7 @@ class SemanticTask(BaseTask):
         """The class of every pixel of each image as annotated, uint8 [H, W], 0…K - 1."""
         found: dict[int, Tensor] = {}
         for places, part in alike(batch):
-            found |= zip(places, self._classes(part, self.model(part.images, part.sizes)), strict=True)
+            found |= zip(places, self._classes(part, self._scores(part, self.views)), strict=True)
         return [found[i] for i in range(len(batch.image_ids))]
 
     def metric(self, split: str) -> MeanIoU:
@@ -56,7 +60,8 @@ class SemanticTask(BaseTask):
         loss = torch.zeros((), device=batch.images.device)
         for places, part in alike(batch):
             logits = self.model(part.images, part.sizes)
-            found |= zip(places, self._classes(part, logits), strict=True)
+            scores = self._scores(part, self.judged_views, logits)
+            found |= zip(places, self._classes(part, scores), strict=True)
             of_part = pixel_cross_entropy(logits, [t["semantic"] for t in part.targets])
             loss = loss + of_part * (len(places) / len(batch.image_ids))
         in_order = [found[i] for i in range(len(batch.image_ids))]
@@ -69,6 +74,29 @@ class SemanticTask(BaseTask):
         truth = batch.targets[i]["semantic"].cpu()
         shown = F.interpolate(found[None, None].cpu(), (height, width), mode="nearest-exact")[0, 0]
         return side_by_side(draw_classes(image, truth, self.names), draw_classes(image, shown, self.names))
+
+    def _scores(self, batch: DetectionBatch, views: Sequence[View], plain: Tensor | None = None) -> Tensor:
+        """What decides on a pixel's class, float32 [B, K, H, W]: logits, of several views mean probabilities.
+
+        plain: the logits of the images as they are, where they are known.
+        """
+        if views == (PLAIN,):
+            return self.model(batch.images, batch.sizes) if plain is None else plain
+        mean: Tensor | None = None
+        for view in views:
+            for places, part in alike(view.of_batch(batch)):
+                known = plain if view == PLAIN else None
+                logits = self.model(part.images, part.sizes) if known is None else known
+                if mean is None:
+                    mean = logits.new_zeros(len(batch.images), logits.shape[1], *batch.images.shape[-2:])
+                for i, scores, (height, width) in zip(places, logits, part.sizes.tolist(), strict=True):
+                    there = view.maps_back(scores[:, :height, :width].softmax(dim=0))
+                    size = batch.sizes[i].tolist()
+                    if [height, width] != size:
+                        (there,) = F.interpolate(there[None], size, mode="bilinear", align_corners=False)
+                    mean[i, :, : size[0], : size[1]] += there / len(views)
+        assert mean is not None  # there is a view at least
+        return mean
 
     @staticmethod
     def _classes(batch: DetectionBatch, logits: Tensor) -> list[Tensor]:

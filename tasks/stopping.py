@@ -1,5 +1,6 @@
 """A clean stop on Ctrl-C and SIGTERM, after the current step and with a checkpoint of it."""
 
+import math
 import os
 import signal
 import threading
@@ -26,6 +27,10 @@ class Interrupted(Exception):
 
 class StopOnSignal(Callback):
     """Ctrl-C (SIGINT) and SIGTERM end a stage after the current step; a fit saves a checkpoint of that step.
+
+    A step is the optimizer's: no checkpoint holds half a sum of accumulated gradients. Where a validation
+    follows the step, or the epoch's end, the stop waits for its first batch or the next step: Lightning would
+    skip that validation on resume.
 
     The handler only sets a flag, which is read between batches: saving inside a handler could catch the
     optimizer half-way through its step. A second Ctrl-C ends at once.
@@ -56,10 +61,12 @@ class StopOnSignal(Callback):
         self._received = number
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._stop_if_asked(trainer)
+        if not within_accumulation(trainer) and not validation_follows(trainer):
+            self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._stop_if_asked(trainer)
+        if not within_accumulation(trainer):
+            self._stop_if_asked(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._stop_if_asked(trainer)
@@ -86,3 +93,21 @@ class StopOnSignal(Callback):
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old = {}
+
+
+def within_accumulation(trainer: Trainer) -> bool:
+    """Whether gradients of this fit wait for more batches before the optimizer steps."""
+    done = trainer.fit_loop.batch_idx + 1
+    return (
+        trainer.state.fn == "fit" and done % trainer.accumulate_grad_batches != 0 and not ends_epoch(trainer)
+    )
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the epoch ends with this batch, or stops here for a validation (`val_check_interval`)."""
+    done = trainer.fit_loop.batch_idx + 1
+    return ends_epoch(trainer) or done % (trainer.val_check_batch or math.inf) == 0
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    return trainer.is_last_batch or trainer.fit_loop.batch_idx + 1 == trainer.num_training_batches

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from resnext_backbones import ResNeXt, save_weights
 from tasks.base import BaseTask
+from tasks.building import build, build_task
 from tasks.checkpoint import AtomicCheckpointIO
-from tasks.run import build, build_task
 
 BODY = [
     "backbone=custom",
@@ -49,6 +49,7 @@ def made(kind: str, shapes: list[str], parent: Path) -> Made:
     if kind not in _made:
         folder = parent / kind
         words = [*BODY, *KINDS[kind], *shapes, "trainer.accelerator=cpu", "trainer.precision=32-true"]
+        parent.mkdir(parents=True, exist_ok=True)
         weights = parent / "weights.safetensors"
         torch.manual_seed(0)
         if kind == "frozen":

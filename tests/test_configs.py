@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tasks.run import HAND_OVER
+from tasks.building import HAND_OVER
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -29,7 +29,9 @@ def built(*overrides):
     points = {"num_keypoints": 5} if cfg.data.target == "keypoints" else {}
     with torch.device("meta"):
         body = instantiate({k: v for k, v in cfg.backbone.items() if k not in HAND_OVER})
-        model = instantiate(cfg.model, body=body, num_classes=3, **points)
+        model = instantiate(
+            {k: v for k, v in cfg.model.items() if k != "weights"}, body=body, num_classes=3, **points
+        )
         return instantiate(
             cfg.task, model=model, optimizer=instantiate(cfg.optimizer), scheduler=instantiate(cfg.scheduler)
         )

@@ -16,15 +16,18 @@ from conftest import SMALL
 from hydra import compose, initialize_config_dir
 from PIL import Image, ImageChops, ImageStat
 from test_matrix import BODIES, LEARNERS, as_voc, as_yolo
+from torch import nn
 
-from resnext_backbones import ResNeXt, cost_cli, load_weights, resnext50_32x4d, save_weights
 from resnext_backbones import __main__ as listing
-from tasks import predict, run
+from resnext_backbones import cost_cli, load_weights, resnext50_32x4d, save_weights
+from tasks import building, predict
 from tasks.cli import check_types
+from tasks.handover import load_network
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RUN = ("backbones", "data", "tasks")  # the pages whose every command and piece of Python is run here
+# The pages whose every command and piece of Python is run here.
+RUN = ("backbones", "data", "tasks", "fine-tuning")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in RUN}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 BLOCKS = {
@@ -200,6 +203,7 @@ QUICK = [  # each stage and each form of data; `test_matrix.py` has the tasks, m
         "task=semantic_segmentation data=mask_folders data.root=nuclei",
         "task=classification data=class_folders data.root=clothes",
         "backbone=custom backbone._target_=own_body.Tiny +backbone.width=8",
+        "data=voc data.root=BCCD model.weights=runs/cells",
     )
 ]
 
@@ -243,10 +247,14 @@ def test_training(
 ) -> None:
     (desk / "own_body.py").write_text(own_body())
     monkeypatch.syspath_prepend(str(desk))
-    monkeypatch.setattr(run, "load_weights", published(desk))
+    monkeypatch.setattr(building, "load_weights", published(desk, load_weights))
+    monkeypatch.setattr(building, "load_network", published(desk, load_network))
     if any("runs/" in word for word in words):
-        request.getfixturevalue("trained")
-    more = ["trainer.max_epochs=2"] if any(word.startswith("resume=") for word in words) else []
+        kept = request.getfixturevalue("trained")
+        if "backbone.weights=runs/clothes" in words:
+            kept.with_name("clothes").symlink_to(kept)
+    longer = any(word.startswith(("resume=", "backbone.unfreeze=")) for word in words)
+    more = ["trainer.max_epochs=2"] if longer else []
     embedded = not any("data.root=" in word or "runs/" in word for word in words)
     folder = start(*words, *more, data=tiny_shapes if embedded else (), small=small(words))
     stages = chosen(words, "stages", "[fit]")
@@ -259,16 +267,17 @@ def test_training(
         assert [name for name in numbers if name.startswith(("test/", "val/"))]
 
 
-def published(folder: Path) -> Callable[..., object]:
+def published(folder: Path, load: Callable[..., object]) -> Callable[..., object]:
     """Loads as ever, but in place of torchvision's weights random ones: tests stay off the network."""
 
-    def load(body: ResNeXt, source: str) -> object:
-        if "_Weights." in source:
-            save_weights(body, folder / "published.safetensors")
+    def load_saved(network: nn.Module, *arguments: object) -> object:
+        *others, source = arguments[:2] if load is load_network else arguments
+        if "_Weights." in str(source):
+            save_weights(network, folder / "published.safetensors")
             source = str(folder / "published.safetensors")
-        return load_weights(body, source)
+        return load(network, *others, source, *arguments[2:])
 
-    return load
+    return load_saved
 
 
 @pytest.mark.parametrize("words", [words for words in TRAIN if words not in QUICK], ids=shlex.join)

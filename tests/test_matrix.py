@@ -28,11 +28,13 @@ BODIES = {
 }
 NARROW = ["model.fpn_channels=64"]
 RCNN = ["model.proposals_train=20", "model.proposals_test=20", "model.roi_batch=8", "model.head_channels=32"]
+C4 = ["model.candidates_train=50", "model.proposals_train=20", "model.roi_batch=8", "model.rpn_channels=32"]
 LEARNERS = {  # a task with a model: what to say for it, what its best epoch is chosen by
     "classifier": (["task=classification"], "val/top1"),
     "faster_rcnn": (["task=detection", *NARROW, *RCNN], "val/AP"),
     "retinanet": (["task=detection", "model=retinanet", *NARROW], "val/AP"),
     "fcos": (["task=detection", "model=fcos", *NARROW], "val/AP"),
+    "faster_rcnn_c4": (["task=detection", "model=faster_rcnn_c4", *C4], "val/AP"),
     "mask_rcnn": (["task=instance_segmentation", *NARROW, *RCNN], "val/mask_AP"),
     "keypoint_rcnn": (["task=keypoints", *NARROW, *RCNN], "val/keypoint_AP"),
     "semantic_fpn": (["task=semantic_segmentation", *NARROW], "val/mIoU"),
@@ -42,7 +44,7 @@ DETECTORS = ["faster_rcnn", "retinanet", "fcos"]
 SEMANTIC = ["semantic_fpn", "deeplabv3"]
 SOURCES = {
     "shapes": list(LEARNERS),
-    "coco": [*DETECTORS, "mask_rcnn", "keypoint_rcnn", *SEMANTIC],
+    "coco": [*DETECTORS, "faster_rcnn_c4", "mask_rcnn", "keypoint_rcnn", *SEMANTIC],
     "class maps": SEMANTIC,
     "one file": [*DETECTORS, "mask_rcnn", "keypoint_rcnn", *SEMANTIC],
     "class_folders": ["classifier"],
@@ -57,6 +59,7 @@ ALL = [
     for learner in learners
     for body in BODIES
     if not (learner == "deeplabv3" and body == "timm")  # refused: timm's bodies do not dilate
+    if not (learner == "faster_rcnn_c4" and body == "timm")  # refused: their c5 does not run on regions alone
 ]
 QUICK = [  # every learner, every body and every source at least once
     ("classifier", "timm", "shapes"),
@@ -65,6 +68,7 @@ QUICK = [  # every learner, every body and every source at least once
     ("faster_rcnn", "resnext", "voc"),
     ("retinanet", "resnet", "yolo"),
     ("fcos", "timm", "coco"),
+    ("faster_rcnn_c4", "resnext", "coco"),
     ("mask_rcnn", "resnext", "one file"),
     ("keypoint_rcnn", "resnet", "shapes"),
     ("semantic_fpn", "timm", "class maps"),

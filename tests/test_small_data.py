@@ -16,6 +16,7 @@ TASK = {
     "faster_rcnn": "detection",
     "retinanet": "detection",
     "fcos": "detection",
+    "faster_rcnn_c4": "detection",
     "mask_rcnn": "instance_segmentation",
     "keypoint_rcnn": "keypoints",
     "semantic_fpn": "semantic_segmentation",
@@ -42,7 +43,12 @@ def test_the_experiment_serves_every_model(model, data):
     points = {"num_keypoints": 5} if model == "keypoint_rcnn" else {}
     dilated = {"output_stride": cfg.backbone.output_stride} if model == "deeplabv3" else {}
     with torch.device("meta"):
-        instantiate(cfg.model, body=resnet18(**dilated), num_classes=3, **points)
+        instantiate(
+            {k: v for k, v in cfg.model.items() if k != "weights"},
+            body=resnet18(**dilated),
+            num_classes=3,
+            **points,
+        )
     instantiate(cfg.data)  # refuses a size that does not suit the task
     assert cfg.optimizer._target_ == "torch.optim.AdamW"
     assert cfg.trainer.max_epochs == 28
@@ -75,6 +81,7 @@ def test_the_rcnns_have_the_settings_of_their_builders(builder, own):
     defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
     settings = dict(composed(builder.__name__, "data=coco", "data.root=.").model)
     assert settings.pop("_target_") == f"tasks.models.rcnn.{builder.__name__}"
+    assert settings.pop("weights") is None  # which is train.yaml's
     assert settings.keys() == defaults.keys()
     assert own is None or own in settings
     for name, value in defaults.items():

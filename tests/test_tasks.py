@@ -32,8 +32,8 @@ from tasks.models.evaluation import SEED
 from tasks.models.one_stage import fcos, retinanet
 from tasks.models.rcnn import faster_rcnn, keypoint_rcnn, mask_rcnn
 from tasks.models.semantic import semantic_fpn
-from tasks.run import table
 from tasks.segmentation import SemanticTask, pixel_cross_entropy
+from tasks.terminal import table
 
 NARROW: dict[str, Any] = {
     "fpn_channels": 32,

@@ -24,9 +24,9 @@ from resnext_backbones.weights import save_weights
 from tasks.base import DivergedError
 from tasks.checkpoint import read_checkpoint
 from tasks.loggers import read_metrics
-from tasks.pretrained import normalisation, other_normalisation
+from tasks.pretrained import normalisation, take_normalisation
 from tasks.progress import ProgressBar
-from tasks.run import table
+from tasks.terminal import table
 
 
 def losses(folder):
@@ -92,8 +92,7 @@ def test_a_run_keeps_the_receipt_of_its_weights(start, tmp_path, capsys):
         "(0.5, 0.5, 0.5), std (0.25, 0.25, 0.25)",
         "(0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)",
     )
-    assert f"warning: {path} was trained on RGB in 0…1 with mean {theirs}" in printed
-    assert f"normalises with mean {ours}" in printed
+    assert f"normalisation: mean {theirs} of RGB in 0…1, the source's, in place of mean {ours}" in printed
     assert "licence: CC0-1.0" in printed
 
     receipt = json.loads((folder / "weights.json").read_text())
@@ -110,21 +109,24 @@ def test_a_run_keeps_the_receipt_of_its_weights(start, tmp_path, capsys):
     assert json.loads((folder / "summary.json").read_text())["weights"] == brief
     capsys.readouterr()
     second = start(f"backbone.weights={folder}", "stages=fit", "trainer.max_epochs=1")
-    assert "warning:" not in capsys.readouterr().out
-    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert json.loads((second / "weights.json").read_text())["normalisation"] == imagenet
+    assert f"normalisation: mean {theirs}" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((second / "weights.json").read_text())["normalisation"] == statistics
 
 
 def test_a_body_may_convert_the_images_itself():
     statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
     receipt = Receipt("x", "", "", statistics, None, {}, {}, (), (), ())
     model, body = nn.Module(), nn.Module()
-    assert other_normalisation(receipt, model, body) is None  # which says nothing of its images
+    assert take_normalisation(receipt, model, body) is None  # which says nothing of its images
     model.mean, model.std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     assert normalisation(model) == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert "(0.5, 0.5, 0.5)" in other_normalisation(receipt, model, body)
+    body.normalisation = {"mean": [0.4] * 3, "std": [0.4] * 3}
+    warning = take_normalisation(receipt, model, body)
+    assert "with mean (0.5, 0.5, 0.5)" in warning
+    assert "Module normalises with mean (0.4, 0.4, 0.4)" in warning
     body.normalisation = statistics
-    assert other_normalisation(receipt, model, body) is None
+    assert take_normalisation(receipt, model, body) is None
+    assert normalisation(model) == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def test_frozen_norms_without_statistics_are_refused(start, tmp_path):

@@ -102,6 +102,8 @@ class ClassFolderData(FolderData):
         classes: their order; by default the folders of `train`, sorted by name.
         val_fraction: the share of each class of `train` that is held out where there is no `val`.
         image_size: side of the square that the network sees, in pixels.
+        train_image_size: another side in training; somewhat smaller, it fits the sizes in which objects are
+            seen in evaluation (arXiv 1906.06423). None: the same.
         crop_scale, crop_ratio, interpolation, flip: see `PreparedClasses`.
         augment: then, transforms of `torchvision.transforms.v2` by name, in this order.
         repeats: copies of an image in the same batch, each augmented differently (see `TrainSampler`).
@@ -122,6 +124,7 @@ class ClassFolderData(FolderData):
         *,
         target: str = "label",
         image_size: int | Sequence[int] = 224,
+        train_image_size: int | None = None,
         crop_scale: Sequence[float] = (0.08, 1.0),
         crop_ratio: float = 0.875,
         interpolation: str = "bilinear",
@@ -136,6 +139,7 @@ class ClassFolderData(FolderData):
         if len(sides) != 1:
             raise UsageError(f"data.image_size={image_size}: classifiers see a square; give one number")
         self.image_size = int(sides.pop())
+        self.train_image_size = self.image_size if train_image_size is None else train_image_size
         self.cropping: dict[str, Any] = {
             "scale": pair("data.crop_scale", crop_scale),
             "crop_ratio": crop_ratio,
@@ -169,7 +173,7 @@ class ClassFolderData(FolderData):
         training = split == "train"
         return PreparedClasses(
             self.dataset(split),
-            self.image_size,
+            self.train_image_size if training else self.image_size,
             training=training,
             augment=self.augment if training else (),
             seed=self.seed,

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +17,7 @@ from tasks.data.keypoints import Skeleton
 from tasks.data.samplers import EvalSampler, TrainLoader, TrainSampler, holdout
 
 SPLITS = ("train", "val", "test")
+AUTO = "auto"  # in place of `batch_size`: `tasks.batch_size` finds what fits
 
 
 class ImageData(LightningDataModule):
@@ -34,7 +35,8 @@ class ImageData(LightningDataModule):
             split.
         fraction: share of the training images that is used, for learning curves; a smaller share is part of a
             larger one.
-        batch_size: images a batch of one process.
+        batch_size: images a batch of one process; "auto": what fits a GPU, which `tasks.batch_size` finds
+            before the fit and `tasks.run` puts here; until then one.
         num_workers: processes that load images; None: one a core, but one core is left to the training.
         seed: of the order of images and of augmentation.
         split_seed: of the choice of a fraction and of what is held out, so that runs with several seeds are
@@ -58,7 +60,7 @@ class ImageData(LightningDataModule):
         *,
         val_fraction: float | None = None,
         fraction: float = 1.0,
-        batch_size: int = 2,
+        batch_size: int | Literal["auto"] = 2,
         num_workers: int | None = None,
         seed: int = 0,
         split_seed: int = 0,
@@ -68,7 +70,8 @@ class ImageData(LightningDataModule):
         worker_timeout: int = 300,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
+        number = 1 if batch_size == AUTO else batch_size
+        for name, value, least in (("batch_size", number, 1), ("num_workers", num_workers or 0, 0)):
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"data.{name}={value}: a whole number of at least {least} is wanted")
         if not 0 < fraction <= 1:
@@ -76,14 +79,14 @@ class ImageData(LightningDataModule):
         if target not in self.TARGETS:
             raise UsageError(
                 f"data.target={target}: {type(self).__name__} is read for {', '.join(self.TARGETS)}; choose "
-                f"{' or '.join(f'task={TASK[t]}' for t in self.TARGETS)}, or another data=…"
+                f"{' or '.join(map(learning_from, self.TARGETS))}, or another data=…"
             )
         self.root, self.target = Path(root), target
         refuse_unclear_val(val, val_fraction)
         self.splits: dict[str, Any] = {"train": train, "val": val or train, "test": test or val or train}
         self.test_is_val = test is None
         self.val_fraction, self.fraction = val_fraction, fraction
-        self.batch_size, self.seed, self.split_seed = batch_size, seed, split_seed
+        self.batch_size, self.seed, self.split_seed = int(number), seed, split_seed
         self.num_workers = spare_cores() if num_workers is None else num_workers
         self.follow_symlinks = follow_symlinks
         self.reading: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth}
@@ -225,6 +228,10 @@ TASK = {
     "keypoints": "keypoints",
     "semantic": "semantic_segmentation",
 }
+
+
+def learning_from(target: str) -> str:
+    return f"task={TASK[target]}" if target in TASK else f"a task that learns from data.target={target}"
 
 
 def refuse_unclear_val(val: Any, val_fraction: float | None) -> None:

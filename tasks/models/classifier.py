@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from resnext_backbones import UsageError
 from resnext_backbones.features import declared_features
 from tasks.models.normalise import Normalised
+from tasks.models.parts import ClassLayer, Part
 
 
 class Classifier(Normalised):
@@ -23,6 +24,9 @@ class Classifier(Normalised):
 
     Raises `UsageError` for a body that has a classifier already.
     """
+
+    parts = (Part("fc", ("fc",), ("backbone",)),)
+    class_layers = (ClassLayer("fc", background=False),)
 
     def __init__(self, body: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from resnext_backbones import FPN, UsageError
 from tasks.models.anchors import StridedAnchors
 from tasks.models.evaluation import evaluating
 from tasks.models.normalise import Normalised, shapes_of
+from tasks.models.parts import ClassLayer, Part
 from tasks.models.strides import refuse_fine_strides
 
 
@@ -43,6 +44,7 @@ class OneStage(Normalised):
     compute_loss: Callable[..., dict[str, Tensor]]
     postprocess_detections: Callable[..., list[dict[str, Tensor]]]
 
+    head_keys: tuple[str, ...] = ("model.fpn_channels",)  # see `Part.keys`
     names: Mapping[str, str] = {
         "classification": "loss_classifier",
         "bbox_regression": "loss_box_reg",
@@ -52,6 +54,21 @@ class OneStage(Normalised):
     def __init__(self, backbone: FPN, num_classes: int, anchors: StridedAnchors, **settings: Any) -> None:
         super().__init__(backbone, num_classes + 1, anchor_generator=anchors, **settings)
         del self.transform  # resizes; images come with the size that they are to have
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        # Named from the outside in: whose name is the longest has a tensor.
+        return (
+            Part("FPN", ("backbone.fpn",), ("model.fpn_channels",)),
+            Part("p6 and p7", ("backbone.fpn.extra_blocks",), ("model.extra_levels",)),
+            Part("class head", ("head.classification_head",), self.head_keys),
+            Part("box head", ("head.regression_head",), self.head_keys),
+        )
+
+    @property
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        per_cell = self.anchor_generator.num_anchors_per_location()[0]
+        return (ClassLayer("head.classification_head.cls_logits", groups=per_cell),)
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -116,6 +133,8 @@ class OneStage(Normalised):
 
 class RetinaNet(OneStage, detection.RetinaNet):
     """RetinaNet (Lin et al., arXiv 1708.02002); parameters carry torchvision's names."""
+
+    head_keys = ("model.anchor_scales", "model.aspect_ratios", "model.head_norm")
 
 
 class FCOS(OneStage, detection.FCOS):

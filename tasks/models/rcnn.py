@@ -10,7 +10,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_inference, maskrcnn_inference
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
@@ -19,7 +19,14 @@ from resnext_backbones import FPN, UsageError
 from tasks.models.anchors import StridedAnchors
 from tasks.models.evaluation import evaluating
 from tasks.models.normalise import Normalised, shapes_of
+from tasks.models.parts import ClassLayer, Part
 from tasks.models.strides import refuse_fine_strides
+
+HEADS = {  # of a region, and what decides on them (`Part.keys`)
+    "box": ("model.head_channels", "model.roi_canonical_size"),
+    "mask": ("model.mask_channels", "model.roi_canonical_size"),
+    "keypoint": ("model.keypoint_channels", "model.roi_canonical_size"),
+}
 
 
 class Float32RPNHead(RPNHead):
@@ -70,6 +77,31 @@ class RCNN(Normalised):
         super().__init__()
         self.backbone, self.rpn, self.roi_heads = backbone, rpn, roi_heads
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (
+            Part("FPN", ("backbone.fpn",), ("model.fpn_channels",)),
+            Part("RPN", ("rpn",), ("model.anchor_scales", "model.aspect_ratios")),
+            *(
+                Part(f"{kind} head", (f"roi_heads.{kind}_head", f"roi_heads.{kind}_predictor"), keys)
+                for kind, keys in HEADS.items()
+                if getattr(self.roi_heads, f"{kind}_head") is not None
+            ),
+        )
+
+    @property
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        layers = [
+            ClassLayer("roi_heads.box_predictor.cls_score"),
+            ClassLayer("roi_heads.box_predictor.bbox_pred", rows=4),
+        ]
+        if self.roi_heads.has_mask():
+            layers.append(ClassLayer("roi_heads.mask_predictor.mask_fcn_logits"))
+        if self.roi_heads.has_keypoint():
+            name = "roi_heads.keypoint_predictor.kps_score_lowres"
+            layers.append(ClassLayer(name, background=False, of="keypoints", transposed=True))
+        return tuple(layers)
+
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -108,6 +140,42 @@ class RCNN(Normalised):
             # Only these two, not the layers in them: they sample, and give losses for detections.
             self.rpn.training = self.roi_heads.training = True
             return detections, self._losses(given, features, targets)
+
+    def maps(
+        self, images: Tensor, sizes: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """What the heads see in given boxes, before it is cut out or a maximum is taken.
+
+        Args:
+            images, sizes: see `forward`.
+            boxes, labels: for each image float32 [N, 4], xyxy, in its pixels, and int64 [N], 1…K.
+
+        Returns:
+            For each image, with their heads, `masks` (float32 [N, 28, 28], 0…1, of the box's inside, of the
+            label's class) and `heatmaps` (float32 [N, k, 56, 56], logits).
+        """
+        given, features = self._features(images, sizes)
+        heads, regions, shapes = self.roi_heads, list(boxes), given.image_sizes
+        found: list[dict[str, Tensor]] = [{} for _ in regions]
+        if heads.has_mask():
+            inner = heads.mask_head(heads.mask_roi_pool(features, regions, shapes))
+            masks = maskrcnn_inference(heads.mask_predictor(inner), list(labels))
+            for result, of_image in zip(found, masks, strict=True):
+                result["masks"] = of_image[:, 0]
+        if heads.has_keypoint():
+            inner = heads.keypoint_head(heads.keypoint_roi_pool(features, regions, shapes))
+            heatmaps = heads.keypoint_predictor(inner).split([len(of_image) for of_image in regions])
+            for result, of_image in zip(found, heatmaps, strict=True):
+                result["heatmaps"] = of_image
+        return found
+
+    def of_maps(self, maps: Mapping[str, Tensor], boxes: Tensor) -> dict[str, Tensor]:
+        """An image's `masks`, `keypoints` and `keypoint_scores`, as `forward` gives them, from its `maps`."""
+        found = {"masks": maps["masks"]} if "masks" in maps else {}
+        if "heatmaps" in maps:
+            (points,), (scores,) = keypointrcnn_inference(maps["heatmaps"], [boxes])
+            found |= {"keypoints": points, "keypoint_scores": scores}
+        return found
 
     def _features(self, images: Tensor, sizes: Tensor) -> tuple[ImageList, dict[str, Tensor]]:
         shapes = shapes_of(sizes)

@@ -10,6 +10,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from resnext_backbones import FPN, FeatureSpec, UsageError
 from resnext_backbones.features import declared_features
 from tasks.models.normalise import Normalised, shapes_of
+from tasks.models.parts import ClassLayer, Part
 from tasks.models.strides import refuse_fine_strides
 
 GROUPS = 32  # of group norm
@@ -23,9 +24,22 @@ class SemanticNet(Normalised):
         classifier: maps to scores [B, K, h, w].
     """
 
-    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+    classifier: "SemanticFPNHead | AtrousHead"
+
+    def __init__(self, backbone: nn.Module, classifier: "SemanticFPNHead | AtrousHead") -> None:
         super().__init__()
         self.backbone, self.classifier = backbone, classifier
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        head = Part("head", ("classifier",), ("model.head_channels",))
+        if isinstance(self.backbone, FPN):
+            return (Part("FPN", ("backbone.fpn",), ("model.fpn_channels",)), head)
+        return (head,)
+
+    @property
+    def class_layers(self) -> tuple[ClassLayer, ...]:
+        return (ClassLayer(f"classifier.{self.classifier.last}", background=False),)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
         """Scores of every pixel.
@@ -47,6 +61,8 @@ class SemanticFPNHead(nn.Module):
     A level passes a 3×3 convolution, group norm, ReLU and a bilinear doubling for each level below it; the
     finest passes one convolution and no doubling.
     """
+
+    last = "predictor"  # whose scores of the classes leave the head
 
     def __init__(self, features: Mapping[str, FeatureSpec], num_classes: int, channels: int) -> None:
         super().__init__()
@@ -92,6 +108,8 @@ class PooledNorm(nn.BatchNorm2d):
 
 class AtrousHead(DeepLabHead):
     """torchvision's head on the coarsest of a body's maps, ready for batches of one image."""
+
+    last = "4"
 
     def __init__(self, in_channels: int, num_classes: int, rates: tuple[int, int, int]) -> None:
         super().__init__(in_channels, num_classes, rates)

@@ -22,7 +22,7 @@ from tasks.drawing.pictures import HATCH, save_jpeg, save_png
 from tasks.metrics.accuracy import BEST
 from tasks.prediction.arguments import Chosen
 from tasks.prediction.predictions import ClassMap, ClassScores, Objects, Prediction
-from tasks.prediction.predictor import Predictor
+from tasks.prediction.predictor import Predictor, has_own_prediction
 from tasks.segmentation import SemanticTask
 
 Write = Callable[[Any], None]
@@ -61,6 +61,8 @@ def output_folder(asked: Path | None, run: str) -> Path:
 
 def results(predictor: Predictor, folder: Path, chosen: Chosen) -> AbstractContextManager[Write]:
     """What takes one prediction after the other and has written them all at its end."""
+    if has_own_prediction(predictor.task):
+        return _table(predictor, folder, chosen)
     if isinstance(predictor.task, SemanticTask):
         return _class_maps(predictor, folder, chosen)
     if isinstance(predictor.task, ClassificationTask):
@@ -132,17 +134,35 @@ def _class_table(predictor: Predictor, folder: Path, chosen: Chosen) -> Iterator
     others = [f"{column}_{rank}" for rank in range(2, number + 1) for column in ("prediction", "score")]
     with replacing(folder / "predictions.csv") as file:
 
-        def line(*cells: Any) -> None:
-            text = io.StringIO(newline="")
-            csv.writer(text, lineterminator="\n").writerow(cells)
-            file.write(text.getvalue().encode(errors="surrogateescape"))  # odd file names
-
         def write(found: ClassScores) -> None:
             best = [cell for name, p in found.best(number) for cell in (name, f"{p:.6f}")]
-            line(chosen.relative(found.index), *best)
+            file.write(_line(chosen.relative(found.index), *best))
 
-        line("file", "prediction", "score", *others)  # as the test stage names them
+        file.write(_line("file", "prediction", "score", *others))  # as the test stage names them
         yield write
+
+
+@contextmanager
+def _table(predictor: Predictor, folder: Path, chosen: Chosen) -> Iterator[Write]:
+    """`predictions.csv`: an image a line, as a plug-in's own kind of prediction describes itself."""
+    with replacing(folder / "predictions.csv") as file:
+        columns: list[str] = []
+
+        def write(found: Prediction) -> None:
+            row = found.row()
+            if not columns:
+                columns.extend(row)
+                file.write(_line("file", *columns))
+            file.write(_line(chosen.relative(found.index), *(row[column] for column in columns)))
+
+        yield write
+
+
+def _line(*cells: Any) -> bytes:
+    """Of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode(errors="surrogateescape")  # odd file names
 
 
 @contextmanager

@@ -39,6 +39,10 @@ class Prediction:
     def _drawn(self, image: Tensor, score: float) -> Image.Image:
         raise NotImplementedError
 
+    def row(self) -> dict[str, Any]:
+        """What `predictions.csv` says of it, by column; of a prediction of a plug-in's own kind."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Objects(Prediction):

@@ -35,17 +35,25 @@ class Predictor:
     Args:
         task: with its record; moved to `device` and put into evaluation mode.
         device: where it computes.
-        precision: as the run had it, see `tasks.run.precision`.
+        precision: as the run had it, see `tasks.building.precision`.
         trust: whether the record may lift the limit on an image's pixels (`MAX_PIXELS`).
 
-    Raises UsageError if the task is none of ours, or its record does not say how images are prepared.
+    A task that is none of ours says by its `prediction` what is given back; its images are prepared as a
+    classifier's if `data.image_size` is one number, as a detector's if it is two.
+
+    Raises UsageError if the task is none of ours and has no `prediction`, or its record does not say how
+    images are prepared.
     """
 
     def __init__(
         self, task: BaseTask, device: torch.device, precision: str | int, trust: bool = False
     ) -> None:
-        if not isinstance(task, DetectionTask | SemanticTask | ClassificationTask):
-            raise UsageError(f"{type(task).__name__} is no task that predictions are known of")
+        ours = isinstance(task, DetectionTask | SemanticTask | ClassificationTask)
+        if not ours and not has_own_prediction(task):
+            raise UsageError(
+                f"{type(task).__name__} does not say what its predictions are: it needs a `prediction`, see "
+                "tasks.base.BaseTask"
+            )
         self.task, self.device = task.to(device).eval(), device
         task.model.to(memory_format=torch.channels_last)
         self.dtype = AUTOCAST.get(str(precision))
@@ -129,7 +137,7 @@ class Predictor:
         given = Images(images, self.reading)
         size = self._data.get("image_size")
         try:
-            if isinstance(self.task, ClassificationTask):
+            if self._square:
                 sides = {size} if isinstance(size, int) else set(size)
                 known = ("crop_ratio", "interpolation")
                 cropping = {key: self._data[key] for key in known if key in self._data}
@@ -141,6 +149,11 @@ class Predictor:
                 f"the checkpoint's data.image_size={size} does not say how images are prepared"
             ) from fault
 
+    @property
+    def _square(self) -> bool:
+        """Whether images are cropped to a square, as classifiers see them."""
+        return isinstance(self.task, ClassificationTask) or isinstance(self._data.get("image_size"), int)
+
     def _predicted(
         self,
         images: Sequence[Given],
@@ -150,7 +163,7 @@ class Predictor:
         workers: int,
         on_fault: Callable[[int, str], None] | None,
     ) -> Iterator[Prediction]:
-        collate_fn = collate_classes if isinstance(self.task, ClassificationTask) else collate
+        collate_fn = collate_classes if self._square else collate
         workers = min(workers, -(-len(images) // batch_size))
         loader = DataLoader(
             Readable(self.prepared(images)),
@@ -196,6 +209,8 @@ class Predictor:
             "class_names": self.class_names,
             "reading": self.reading,
         }
+        if has_own_prediction(self.task):
+            return self.task.prediction(found, about)
         if isinstance(self.task, SemanticTask):
             return ClassMap(**about, classes=own_copy(found))
         if isinstance(self.task, ClassificationTask):
@@ -210,6 +225,11 @@ class Predictor:
             edges=self.edges,
         )
         return objects.at_least(score) if score > 0 else objects
+
+
+def has_own_prediction(task: BaseTask) -> bool:
+    """Whether what the task finds is of a kind of its own, as a plug-in's may be."""
+    return type(task).prediction is not BaseTask.prediction
 
 
 def recorded(data: Mapping[str, Any], key: str, default: int) -> int:
