@@ -17,6 +17,8 @@ from benchmarks.runs import REAL_DATA, ROOT
 
 Target = dict[str, Any]
 
+WORKERS = 1  # processes that load images, of both contenders
+
 
 @dataclass(frozen=True)
 class Data:

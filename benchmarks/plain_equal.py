@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from benchmarks.plain_data import DATA
+from benchmarks.plain_data import DATA, WORKERS
 from benchmarks.plain_loop import network
 from benchmarks.runs import REAL_DATA, ROOT
 from tasks.building import build_body, build_model
@@ -20,11 +20,14 @@ def our_words(data: str) -> list[str]:
         f"task={'instance_segmentation' if DATA[data].masks else 'detection'}",
         "experiment=small_data_cpu",
         "augment=flip_vertically",
+        "trainer=cpu",
         "data=coco",
         f"data.root={REAL_DATA}/{DATA[data].folder}",
         "data.train=train",
         "data.val=val",
         f"data.image_size=[{short},{long}]",
+        f"data.num_workers={WORKERS}",
+        "data.keep_negatives=false",  # the reference script drops images without objects
     ]
 
 

@@ -2,16 +2,15 @@
 
 One run in a process of its own; `benchmarks.plain_torchvision` starts it and judges what it found.
 
-    uv run python -m benchmarks.plain_loop bccd sgd --lr 0.01 --steps 150 --seed 0 --out runs/x
+    uv run python -m benchmarks.plain_loop bccd sgd --lr 0.01 --seconds 60 --seed 0 --out runs/x
 
-In float32 and contiguous memory, with one process that loads images. Nothing of this project is in it but
-the cosine of our recipe (`tasks/schedule.py`).
+On the CPU, in float32 and contiguous memory, with one process that loads images. Nothing of this project is
+in it but the clock (`benchmarks/clock.py`) and the cosine of our recipe (`tasks/schedule.py`).
 """
 
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from pycocotools import mask as rle
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -32,13 +30,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
-from benchmarks.plain_data import DATA, CocoImages, Data, endless, pairs
-from tasks.checkpoint import replacing
-from tasks.provenance import git_state, versions
-from tasks.schedule import warmup_cosine
+from benchmarks.clock import OverTime, cosine_over_time, leave_trained
+from benchmarks.plain_data import DATA, WORKERS, CocoImages, Data, endless, pairs
 
 BATCH = 4
-WARM = 10  # steps before the clock is read for the first time
 
 
 # The network.
@@ -83,9 +78,9 @@ def network(data: Data, classes: int) -> FasterRCNN:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer with its schedule, over (parameters of a model, steps of the run, steps of an epoch)."""
+    """An optimizer with its schedule, over (parameters of a model, seconds of the run, steps of an epoch)."""
 
-    build: Callable[[nn.Module, int, int], tuple[Optimizer, LRScheduler]]
+    build: Callable[[nn.Module, float, int], tuple[Optimizer, OverTime]]
     clip: float | None = None
     flip_vertically: bool = False
 
@@ -93,11 +88,15 @@ class Recipe:
 def reference(lr: float) -> Recipe:
     """The reference script's: SGD, an epoch of warm-up (1000 steps at most), a tenth at 2/3 and at 8/9."""
 
-    def build(model: nn.Module, steps: int, epoch: int) -> tuple[Optimizer, LRScheduler]:
+    def build(model: nn.Module, seconds: float, epoch: int) -> tuple[Optimizer, OverTime]:
         optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-        warmup = LinearLR(optimizer, start_factor=1e-3, total_iters=max(1, min(1000, epoch - 1)))
-        falling = MultiStepLR(optimizer, [round(steps * 2 / 3), round(steps * 8 / 9)], gamma=0.1)
-        return optimizer, ChainedScheduler([warmup, falling])
+        rising = max(1, min(1000, epoch - 1))
+
+        def factor(step: int, share: float) -> float:
+            warm = min(1.0, 1e-3 + (1 - 1e-3) * step / rising)
+            return warm * 0.1 ** sum(share >= milestone for milestone in (2 / 3, 8 / 9))
+
+        return optimizer, OverTime(optimizer, seconds, factor)
 
     return Recipe(build)
 
@@ -105,13 +104,13 @@ def reference(lr: float) -> Recipe:
 def ours() -> Recipe:
     """That of `experiment=small_data_cpu augment=flip_vertically`, in float32 and contiguous memory."""
 
-    def build(model: nn.Module, steps: int, epoch: int) -> tuple[Optimizer, LRScheduler]:
+    def build(model: nn.Module, seconds: float, epoch: int) -> tuple[Optimizer, OverTime]:
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
             {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = AdamW(groups, lr=6e-4, fused=True)
-        return optimizer, warmup_cosine(optimizer, steps, warmup=0.05)
+        return optimizer, cosine_over_time(optimizer, seconds=seconds, warmup=0.05)
 
     return Recipe(build, clip=10.0, flip_vertically=True)
 
@@ -119,31 +118,45 @@ def ours() -> Recipe:
 # Training and finding.
 
 
-def train(model: nn.Module, images: Dataset, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
-    """Trains in place; returns `seconds`, and whether a loss was not finite, where the reference gives up."""
+def train(model: nn.Module, images: Dataset, recipe: Recipe, seconds: float, seed: int) -> dict[str, Any]:
+    """Trains in place until `seconds` have passed since the first batch was there.
+
+    Returns `steps`, the `seconds` they took, and whether a loss was not finite (`diverged`, at which step),
+    where the reference gives up.
+    """
     torch.manual_seed(seed)
     loader = DataLoader(
-        images, BATCH, shuffle=True, drop_last=True, num_workers=1, collate_fn=pairs, persistent_workers=True
+        images,
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        collate_fn=pairs,
+        persistent_workers=True,
     )
-    optimizer, schedule = recipe.build(model, steps, len(loader))
+    optimizer, schedule = recipe.build(model, seconds, len(loader))
     model.train()
-    clock: list[float] = []
-    for step, (batch, targets) in zip(range(steps), endless(loader), strict=False):
+    steps = 0
+    for batch, targets in endless(loader):
+        schedule.begin()
         losses = model(batch, targets)
         total = torch.stack(list(losses.values())).sum()
         if not math.isfinite(total.item()):
-            return {"diverged": step, "seconds": clock[-1] - clock[0] if clock else 0.0}
+            return {"diverged": steps, "steps": steps, "seconds": schedule.elapsed}
         optimizer.zero_grad()
         total.backward()
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         schedule.step()
-        clock.append(time.perf_counter())
-        if (step + 1) % 10 == 0:
-            print(f"step {step + 1}/{steps}  loss {total.item():.3f}", flush=True)
-    per_step = (clock[-1] - clock[WARM - 1]) / (steps - WARM)
-    return {"diverged": None, "seconds": per_step * steps, "seconds_per_step": per_step}
+        steps += 1
+        if steps % 10 == 0:
+            print(
+                f"step {steps}, {schedule.elapsed:.0f} s of {seconds:g}  loss {total.item():.3f}", flush=True
+            )
+        if schedule.share >= 1:
+            break
+    return {"diverged": None, "steps": steps, "seconds": schedule.elapsed}
 
 
 @torch.no_grad()
@@ -173,26 +186,23 @@ def main() -> None:
     parser.add_argument("data", choices=DATA)
     parser.add_argument("recipe", choices=("sgd", "ours"))
     parser.add_argument("--lr", type=float, help="of sgd")
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder; trained.json in it comes last")
-    parser.add_argument("--train-only", action="store_true", help="to learn how long a step takes")
     args = parser.parse_args()
-    if (args.recipe == "sgd") != (args.lr is not None) or args.steps <= WARM:
-        parser.error(f"--lr is for sgd, which needs it; --steps must exceed {WARM}")
+    if (args.recipe == "sgd") != (args.lr is not None) or args.seconds <= 0:
+        parser.error("--lr is for sgd, which needs it; --seconds must be above 0")
     recipe = ours() if args.recipe == "ours" else reference(args.lr)
     torch.manual_seed(args.seed)
     images = CocoImages(DATA[args.data], "train", training=True, vertically=recipe.flip_vertically)
     model = network(DATA[args.data], len(images.labels))
-    result = train(model, images, recipe, args.steps, args.seed)
+    result = train(model, images, recipe, args.seconds, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    if not args.train_only and result["diverged"] is None:
+    if result["diverged"] is None:
         found = detections(model, CocoImages(DATA[args.data], "val", training=False))
         for iou_type, entries in found.items():
             (args.out / f"predictions_test_{iou_type}.json").write_text(json.dumps(entries))
-    about = {"steps": args.steps, "lr": args.lr, "versions": versions(), "git": git_state()}
-    with replacing(args.out / "trained.json") as file:
-        file.write(json.dumps({**result, **about}, indent=2).encode())
+    leave_trained(args.out, **result, workers=WORKERS, precision="32-true")
 
 
 if __name__ == "__main__":

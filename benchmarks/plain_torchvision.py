@@ -5,12 +5,16 @@
     uv run python -m benchmarks.plain_torchvision --list        what is done, and how long the rest will take
     uv run python -m benchmarks.plain_torchvision --seconds 20  a quick look, apart from the rest; prints only
 
-That both networks are the same is checked first. How many steps fit into the time is measured for each
-contender, so that its schedule ends when the time does. A run that is complete in runs/plain-240s/ is not
-done again, one that was broken off begins anew. Nothing else should run meanwhile.
+That both networks are the same is checked first. Each contender trains until its time is up, and its learning
+rate follows the share of the time that has passed, so that neither needs a guess of how many steps fill it.
+A run that is complete in runs/plain-240s/ is not done again, unless its command, our configuration or the
+sources of this benchmark have changed; one that was broken off begins anew. Nothing else should run
+meanwhile.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import shlex
@@ -23,125 +27,144 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.plain_data import DATA
 from benchmarks.plain_equal import check_equal, our_words
-from benchmarks.plain_loop import WARM
 from benchmarks.plain_report import report
 from benchmarks.runs import REAL_DATA, ROOT, RUNS, TrainRun, listing, work
 from tasks.checkpoint import replacing
-from tasks.loggers import read_metrics
 
 SECONDS = 240
 SEEDS = (0, 1, 2)
-RATES = (
-    0.005,
-    0.01,
-    0.02,
-)  # the reference script's 0.02 for 16 images is 0.005 for 4; from random weights more
-CALIBRATION = 60  # steps
+# The reference script's 0.02 for 16 images is 0.005 for 4; from random weights more may do better.
+RATES = (0.005, 0.01, 0.02)
+THREADS = 2  # of each contender, beside the process that loads its images
 OVERHEAD = 45.0  # seconds of start-up and evaluation, as long as no run is done
 CONTENDERS = ("ours", "recipe", *(f"sgd{rate:g}" for rate in RATES))  # "recipe": the plain loop with ours
 
 
 @dataclass(frozen=True)
 class Race:
-    """One contender on one dataset with one seed; without a seed, the calibration of its steps.
+    """One contender on one dataset with one seed.
 
-    Its `result.json` comes last: steps, seconds of training and of a step, and of a race AP and AP50.
+    Its `result.json` comes last: steps and seconds of training, in what it was computed, AP and AP50.
     """
 
     data: str
     contender: str
-    seed: int | None
+    seed: int
     budget: int = SECONDS
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.contender}-{'steps' if self.seed is None else f'seed{self.seed}'}"
+        return f"{self.data}-{self.contender}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:
         return RUNS / f"plain-{self.budget}s"
 
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def words(self) -> list[str]:
+        """The command's, behind Python's."""
+        if self.contender == "ours":
+            return ["train.py", *self._run.overrides]
+        sgd = ["sgd", "--lr", self.contender.removeprefix("sgd")]
+        recipe = ["ours"] if self.contender == "recipe" else sgd
+        length = ["--seconds", str(self.budget), "--seed", str(self.seed)]
+        out = ["--out", os.path.relpath(self.path, ROOT)]
+        return ["-m", "benchmarks.plain_loop", self.data, *recipe, *length, *out]
+
+    @property
+    def _run(self) -> TrainRun:
+        words = (*our_words(self.data), *limits(self.budget), f"seed={self.seed}")
+        return TrainRun(self.name, words, self.folder)
+
+    @property
+    def made_by(self) -> str:
+        """What a result depends on that can change between two sessions; of ours also the configuration."""
+        recipe = settings(self.data) if self.contender == "ours" else ""
+        return hashlib.sha256("\n".join([*self.words, recipe, sources()]).encode()).hexdigest()
+
     def result(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.folder / self.name / "result.json").read_bytes())
+            result = json.loads((self.path / "result.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+        return result if result.get("made_by") == self.made_by else None
 
     def seconds(self) -> float | None:
         """Of the whole job."""
         result = self.result()
         return None if result is None else result["job_seconds"]
 
-    @property
-    def calibration(self) -> "Race":
-        """A step costs the same at every learning rate."""
-        contender = f"sgd{RATES[0]:g}" if self.contender.startswith("sgd") else self.contender
-        return Race(self.data, contender, None, self.budget)
-
-    def steps(self) -> int:
-        """Those that fit into the time, in tens: ours logs every tenth."""
-        if self.seed is None:
-            return CALIBRATION if self.budget >= SECONDS else 2 * WARM
-        known = self.calibration.result()
-        if known is None:
-            raise RuntimeError(f"{self.calibration.name} is not done")
-        return max(2 * WARM, int(self.budget / known["seconds_per_step"]) // 10 * 10)
-
     def do(self) -> None:
-        path, began = self.folder / self.name, time.monotonic()
-        shutil.rmtree(path, ignore_errors=True)
-        result = self._ours() if self.contender == "ours" else self._plain(path)
-        if self.seed is not None:
-            result |= {"AP": {t: self._judged(path, t, result) for t in DATA[self.data].iou_types}}
-            if result["diverged"] is None and abs(result["seconds"] / self.budget - 1) > 0.05:
-                print(f"    warning: it trained for {result['seconds']:.0f} s, not {self.budget}", flush=True)
-        result["job_seconds"] = round(time.monotonic() - began, 1)
-        with replacing(path / "result.json") as file:
+        began, made_by = time.monotonic(), self.made_by
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self._train()
+        except subprocess.CalledProcessError:
+            if self._trained()["diverged"] is None:  # otherwise it counts, as the plain loop's does
+                raise
+        result = self._trained()
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        result["AP"] = {t: self._judged(t, result) for t in DATA[self.data].iou_types}
+        result |= {"job_seconds": round(time.monotonic() - began, 1), "made_by": made_by}
+        with replacing(self.path / "result.json") as file:
             file.write(json.dumps(result, indent=2).encode())
 
-    def _ours(self) -> dict[str, Any]:
-        """train.py; the time of training is that between its logged steps."""
-        steps = self.steps()
-        run = TrainRun(self.name, (*our_words(self.data), *limits(steps, self.seed)), self.folder)
-        run.do()
-        summary = run.summary()
-        assert summary is not None, f"{run.path} is not complete"
-        clock = {line["step"] + 1: line["time"] for line in read_metrics(run.path) if "train/loss" in line}
-        per_step = (clock[steps] - clock[WARM]) / (steps - WARM)
-        about = {key: summary[key] for key in ("versions", "git")}
-        return {
-            "diverged": None,
-            "steps": steps,
-            "seconds": per_step * steps,
-            "seconds_per_step": per_step,
-            **about,
-        }
+    def _trained(self) -> dict[str, Any]:
+        """What the contender says of its training; where it came to no end, that it did not diverge."""
+        file = self.path / "trained.json"
+        return json.loads(file.read_bytes()) if file.exists() else {"diverged": None}
 
-    def _plain(self, path: Path) -> dict[str, Any]:
-        recipe = (
-            ["ours"] if self.contender == "recipe" else ["sgd", "--lr", self.contender.removeprefix("sgd")]
-        )
-        words = ["-m", "benchmarks.plain_loop", self.data, *recipe, "--steps", str(self.steps())]
-        words += ["--seed", str(self.seed or 0), "--out", os.path.relpath(path, ROOT)]
-        words += ["--train-only"] * (self.seed is None)
-        print("   ", shlex.join(["python", *words]), flush=True)
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
-        result = json.loads((path / "trained.json").read_bytes())
-        (path / "trained.json").unlink()
-        return result
+    def _train(self) -> None:
+        if self.contender == "ours":
+            self._run.do()
+        else:
+            print("   ", shlex.join(["python", *self.words]), flush=True)
+            subprocess.run([sys.executable, *self.words], cwd=ROOT, check=True)
 
-    def _judged(self, path: Path, iou_type: str, result: dict[str, Any]) -> list[float]:
+    def _judged(self, iou_type: str, result: dict[str, Any]) -> list[float]:
         """AP and AP50; what diverged has found nothing."""
         if result["diverged"] is not None:
             return [0.0, 0.0]
-        return judged(
-            DATA[self.data].annotations("val"), path / f"predictions_test_{iou_type}.json", iou_type
-        )
+        found = self.path / f"predictions_test_{iou_type}.json"
+        return judged(DATA[self.data].annotations("val"), found, iou_type)
+
+
+def limits(budget: int) -> list[str]:
+    """A run of so many seconds, without validation: the stage `test` judges the network of its end."""
+    return [
+        "trainer.max_epochs=10000",
+        "trainer.limit_val_batches=0",
+        "~callbacks.best",
+        "scheduler._target_=benchmarks.clock.cosine_over_time",
+        f"++scheduler.seconds={budget}",
+        "++callbacks.clock._target_=benchmarks.clock.StopInTime",
+    ]
+
+
+@functools.cache
+def settings(data: str) -> str:
+    """Our whole configuration for a dataset."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return OmegaConf.to_yaml(compose("train", overrides=our_words(data)))
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of what this benchmark does, but not of how it writes about it."""
+    files = [*Path(__file__).parent.glob("plain_*.py"), Path(__file__).with_name("clock.py")]
+    content = [path.read_bytes() for path in sorted(files) if path.name != "plain_report.py"]
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def judged(annotations: Path, predictions: Path, iou_type: str) -> list[float]:
@@ -156,18 +179,9 @@ def judged(annotations: Path, predictions: Path, iou_type: str) -> list[float]:
     return [float(value) for value in evaluation.stats[:2]]
 
 
-def limits(steps: int, seed: int | None) -> list[str]:
-    """A run of so many steps, judged once at its end; of a calibration, only its training."""
-    words = ["trainer.max_epochs=-1", f"++trainer.max_steps={steps}", "trainer.check_val_every_n_epoch=null"]
-    if seed is None:
-        return [*words, "++trainer.val_check_interval=1000000", "~callbacks.best", "stages=[fit]"]
-    return [*words, f"++trainer.val_check_interval={steps}", f"seed={seed}"]
-
-
 def jobs_of(budget: int, seeds: Sequence[int] = SEEDS) -> list[Race]:
-    """Calibrations first, then seed by seed, so that an early end leaves whole comparisons."""
-    races = [Race(data, name, seed, budget) for seed in seeds for data in DATA for name in CONTENDERS]
-    return [*dict.fromkeys(race.calibration for race in races), *races]
+    """Seed by seed, so that an early end leaves whole comparisons."""
+    return [Race(data, name, seed, budget) for seed in seeds for data in DATA for name in CONTENDERS]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -182,17 +196,17 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = [r for r in races if not args.words or any(word in r.name for word in args.words)]
     if not chosen:
         parser.error(f"no run is called like {' or '.join(args.words)}; --list names them")
-    jobs = list(dict.fromkeys([r.calibration for r in chosen] + chosen))
     guess = args.seconds + OVERHEAD
     if args.list:
-        print(listing(jobs, guess))
+        print(listing(chosen, guess))
         return
     if not (ROOT / REAL_DATA).is_dir():
         sys.exit(f"{ROOT / REAL_DATA} does not exist: set REAL_DATA to the folder of the datasets")
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # both contenders inherit it
     for data, where in DATA.items():
         classes = len(json.loads(where.annotations("train").read_bytes())["categories"])
         print(f"{data}: {check_equal(data, classes)}", flush=True)
-    work(jobs, guess, lambda: report(races, write=args.seconds == SECONDS))
+    work(chosen, guess, lambda: report(races, write=args.seconds == SECONDS))
     report(races, write=args.seconds == SECONDS)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.runs import REAL_DATA, ROOT, RUNS, Job, TrainRun
 
@@ -38,16 +39,22 @@ TRAINABLE = ("backbone.freeze_at=0", "backbone.freeze_norms=false")
 
 @dataclass(frozen=True)
 class Arm:
-    """Where the body's first weights come from, what becomes of them, and on which shares of the data."""
+    """Where the body's first weights come from, what becomes of them, and on which shares of the data.
+
+    `longer`: times as many steps as the others.
+    """
 
     says: str
     source: str | None = None
     words: tuple[str, ...] = ()
     fractions: tuple[float, ...] = (1.0,)
+    longer: float = 1.0
 
 
 ARMS = {
     "scratch": Arm("random weights", fractions=FRACTIONS),
+    # Pretraining is time on top: this is what random weights make of all of it (the report has the seconds).
+    "scratch_longer": Arm("random weights, 2.5 times as many steps", longer=2.5),
     "shapes": Arm("shapes' classes, all trained", "shapes", TRAINABLE, FRACTIONS),
     "shapes_frozen": Arm("shapes' classes, stem, c2 and norms frozen (the default)", "shapes"),
     "clothing": Arm("clothing's classes, all trained", "clothing", TRAINABLE),
@@ -76,8 +83,9 @@ class Study:
         return TrainRun(f"body-{source}", words, self.folder, keep_checkpoints=True)
 
     def run(self, arm: str, fraction: float, seed: int) -> TrainRun:
-        """The same number of optimizer steps whatever the share of the data, so that less data are not less
+        """An arm's optimizer steps are as many whatever the share of the data, so that less data are not less
         training; each seed also draws its own images of that share, the same ones in every arm."""
+        steps = round(self.steps * ARMS[arm].longer)
         words = [
             "task=detection",
             "experiment=small_data_cpu",
@@ -91,15 +99,15 @@ class Study:
             f"data.split_seed={seed}",
             f"seed={seed}",
             "trainer.max_epochs=-1",
-            f"++trainer.max_steps={self.steps}",
+            f"++trainer.max_steps={steps}",
             "trainer.check_val_every_n_epoch=null",
-            f"++trainer.val_check_interval={self.steps // VALIDATIONS}",
+            f"++trainer.val_check_interval={steps // VALIDATIONS}",
             "~callbacks.last",  # a checkpoint an epoch: of a tenth of the images there are fifty epochs
         ]
-        if source := ARMS[arm].source:
-            weights = self.body(source).path.relative_to(ROOT)
-            words += [f"backbone.weights={weights}", *ARMS[arm].words]
-        return TrainRun(f"{arm}-{fraction:g}-seed{seed}", tuple(words), self.folder)
+        body = self.body(source) if (source := ARMS[arm].source) else None
+        if body is not None:
+            words += [f"backbone.weights={body.path.relative_to(ROOT)}", *ARMS[arm].words]
+        return TrainRun(f"{arm}-{fraction:g}-seed{seed}", tuple(words), self.folder, body=body)
 
     def jobs(self, arms: Iterable[str]) -> list[Job]:
         """The whole data first, seed by seed, so that an early end leaves whole comparisons."""
@@ -116,5 +124,12 @@ class Study:
 
     def results(self, arm: str, fraction: float, metric: str = METRIC) -> dict[int, float]:
         """The metric by seed, of the runs that are complete."""
+        return {seed: s["results"][metric] for seed, s in self._summaries(arm, fraction).items()}
+
+    def seconds(self, arm: str, fraction: float) -> list[float]:
+        """Of the runs that are complete, start-up, validations and test included."""
+        return [summary["seconds"] for summary in self._summaries(arm, fraction).values()]
+
+    def _summaries(self, arm: str, fraction: float) -> dict[int, dict[str, Any]]:
         found = {seed: self.run(arm, fraction, seed).summary() for seed in self.seeds}
-        return {seed: summary["results"][metric] for seed, summary in found.items() if summary}
+        return {seed: summary for seed, summary in found.items() if summary}

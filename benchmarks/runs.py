@@ -1,5 +1,6 @@
 """What benchmarks made of many runs share: each run is done once, and what is left can be estimated."""
 
+import functools
 import json
 import os
 import shlex
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from resnext_backbones.weight_files import sha256
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"
@@ -40,12 +43,15 @@ class TrainRun:
         words: the command line without the folder and without W&B.
         folder: of this benchmark's runs.
         keep_checkpoints: whether another run begins with this one's weights.
+        body: the run that this one takes its first weights from; whatever began with others than those that
+            are there now is not complete.
     """
 
     name: str
     words: tuple[str, ...]
     folder: Path
     keep_checkpoints: bool = False
+    body: "TrainRun | None" = None
 
     @property
     def path(self) -> Path:
@@ -57,13 +63,22 @@ class TrainRun:
         return [*self.words, "logger.wandb.mode=disabled", *place]
 
     def summary(self) -> dict[str, Any] | None:
-        """What a complete run of this very command has left."""
+        """What a complete run of this very command, from these very weights, has left."""
         try:
             summary = json.loads((self.path / "summary.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
         same = summary.get("command") == " ".join(["python train.py", *self.overrides])
+        if self.keep_checkpoints:
+            same = same and self.weights() is not None
+        if self.body is not None:
+            same = same and (summary.get("weights") or {}).get("sha256") == self.body.weights()
         return summary if same and "seconds" in summary else None
+
+    def weights(self) -> str | None:
+        """SHA-256 of the checkpoint that another run begins with; None: it is not there."""
+        path = self.path / "checkpoints/best.ckpt"
+        return _sha256(path, path.stat().st_mtime_ns) if path.is_file() else None
 
     def seconds(self) -> float | None:
         summary = self.summary()
@@ -75,6 +90,12 @@ class TrainRun:
         subprocess.run([sys.executable, "train.py", *self.overrides], cwd=ROOT, check=True)
         if not self.keep_checkpoints:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+
+@functools.cache
+def _sha256(path: Path, written: int) -> str:
+    """Read once, as long as it is not written anew."""
+    return sha256(path)
 
 
 def work(jobs: Sequence[Job], guess: float, after_each: Callable[[], object]) -> None:

@@ -1,5 +1,6 @@
 """How benchmarks write what they measured: numbers with their spread, tables, a section of a page."""
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +21,29 @@ def spread(values: Sequence[float]) -> str:
 
 
 def gain(ours: Mapping[int, float], others: Mapping[int, float]) -> str:
-    """The difference of two contenders seed by seed: its mean ± sample deviation, then each of them."""
+    """The difference of two arms seed by seed, where a seed is the same start and the same data in both.
+
+    Its mean ± sample deviation, then each of them.
+    """
     each = [ours[seed] - others[seed] for seed in sorted(ours.keys() & others.keys())]
     if not each:
         return "–"
     deviation = f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else ""
     return f"{statistics.mean(each):+.3f}{deviation} ({', '.join(f'{value:+.3f}' for value in each)})"
+
+
+def difference(ours: Sequence[float], others: Sequence[float]) -> str:
+    """The difference of two contenders' means ± its standard error, by the spread of both (Welch 1947).
+
+    For runs that have nothing but their number in common, so that pairs would say nothing.
+    """
+    if not ours or not others:
+        return "–"
+    mean = f"{statistics.mean(ours) - statistics.mean(others):+.3f}"
+    if len(ours) == 1 or len(others) == 1:
+        return f"{mean} (no spread: one run)"
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, others)))
+    return f"{mean} ± {error:.3f}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Normalisation = dict[str, list[float]]  # "mean" and "std" of each channel, RGB in 0…1
@@ -27,7 +27,8 @@ class Receipt:
     Batch norm's `num_batches_tracked`, with which nothing here computes, is neither loaded nor counted.
 
     Attributes:
-        source: what was loaded; of a name without a tag, the tag that it stood for.
+        source: what was loaded: of a name without a tag, the tag that it stood for; of a run's folder, which
+            checkpoint, and how far it had got.
         sha256: of the file, hexadecimal.
         prefix: what stood before the body's names in the source.
         normalisation: {"mean": […], "std": […]} of RGB in 0…1 that the source was trained with, None if it
@@ -39,6 +40,7 @@ class Receipt:
         adapted: the first convolution, where it was fitted to another number of input channels; it counts as
             loaded.
         unexpected: what the body has no use for.
+        warning: what makes the source doubtful; empty where nothing does.
     """
 
     source: str
@@ -51,6 +53,7 @@ class Receipt:
     clashing: tuple[Clash, ...]
     adapted: tuple[str, ...]
     unexpected: tuple[str, ...]
+    warning: str = field(default="", kw_only=True)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ class Receipt:
         if self.normalisation:
             mean, std = (", ".join(f"{x:.4g}" for x in self.normalisation[key]) for key in ("mean", "std"))
             lines.append(f"  trained on RGB in 0…1 less ({mean}), over ({std})")
+        lines += [f"  warning: {self.warning}"] if self.warning else []
         lines += [f"  licence: {few([self.licence])}"] if self.licence else []
         columns = ("loaded", "missing", "clashing")
         width = max([8, *map(len, self.counts)])

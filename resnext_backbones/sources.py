@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torchvision
+from torchvision.models import WeightsEnum
 from torchvision.transforms._presets import ObjectDetection
 
 from .errors import UsageError
@@ -42,6 +43,7 @@ class Source:
         classes: names in the order of labels, a detector's without the background; None where nobody says.
         keypoints: names.
         norm_eps: with which its batch norms compute, where that is not what such networks have.
+        warning: what makes it doubtful; empty where nothing does.
     """
 
     path: Path
@@ -51,10 +53,15 @@ class Source:
     classes: tuple[str, ...] | None = None
     keypoints: tuple[str, ...] | None = None
     norm_eps: float | None = None
+    warning: str = ""
 
 
 def find(source: str | Path) -> Source:
     """The file behind `source`, downloaded if need be; `UsageError` where there is none."""
+    if not isinstance(source, str | Path) or not str(source).strip():  # a command line may give anything
+        raise UsageError(
+            f"weights={few([str(source)])}: give a file, a run's folder or a name; null for none"
+        )
     try:
         return _found(source)
     except OSError as error:  # of a cache that cannot be read or written
@@ -66,11 +73,12 @@ def _found(source: str | Path) -> Source:
     if name.startswith("timm:"):
         return _of_timm(name.removeprefix("timm:"))
     if re.match(r"https?://", name, re.IGNORECASE):
-        return Source(_of_address(name), name)
+        path = _of_address(name)
+        return _published(path, name, Path(urlsplit(name).path).name) or Source(path, name)
     if "://" in name:
         raise UsageError(f"{source}: only http:// and https:// addresses are fetched; download it yourself")
-    if (path := _local(Path(source))) is not None:
-        return Source(path, name)
+    if (local := _local(Path(source))) is not None:
+        return _published(local.path, name, local.path.name) or local
     if TORCHVISION_NAME.fullmatch(name):
         return _of_torchvision(name)
     near = _nearest(name, _torchvision_names(), cutoff=0.5) or "ResNeXt50_32X4D_Weights.IMAGENET1K_V2"
@@ -80,19 +88,27 @@ def _found(source: str | Path) -> Source:
     )
 
 
-def _local(path: Path) -> Path | None:
+def best_else_last(folder: Path) -> Path | None:
+    """The checkpoint of a run's folder to judge it by; None where it has none."""
+    files = (folder / "checkpoints" / f"{kind}.ckpt" for kind in ("best", "last"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _local(path: Path) -> Source | None:
     """The file itself, or the checkpoint of a run's folder; None where there is neither."""
     try:
         if path.is_file():
-            return path
+            return Source(path, str(path))
         if not path.is_dir():
             return None
     except OSError:  # a name that no file can have
         return None
-    for kind in ("best", "last"):
-        if (checkpoint := path / "checkpoints" / f"{kind}.ckpt").is_file():
-            return checkpoint
-    raise UsageError(f"{path} is a folder without checkpoints/best.ckpt or last.ckpt; give a run or a file")
+    if (file := best_else_last(path)) is None:
+        raise UsageError(
+            f"{path} is a folder without checkpoints/best.ckpt or last.ckpt; give a run or a file"
+        )
+    early = f"{path} has no best.ckpt; last.ckpt is taken, which may be of a run that was stopped early"
+    return Source(file, str(file), warning=early if file.name == "last.ckpt" else "")
 
 
 def _of_torchvision(name: str) -> Source:
@@ -102,7 +118,7 @@ def _of_torchvision(name: str) -> Source:
     except (ValueError, KeyError):
         near = _nearest(name, _torchvision_names())
         raise UsageError(f"torchvision has no weights {name}; its nearest names are {near}") from None
-    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[1])
+    path = Path(torch.hub.get_dir(), "checkpoints", _file_name(weights))
     digest = path.stem.rsplit("-", 1)[1]
     if not path.is_file():
         try:
@@ -118,16 +134,35 @@ def _of_torchvision(name: str) -> Source:
         raise UsageError(
             f"{path} is damaged, its SHA-256 does not begin with {digest}; delete it and try again"
         )
+    return _as_published(path, repr(weights), weights)  # DEFAULT is another name of one of them
+
+
+def _published(path: Path, name: str, file_name: str) -> Source | None:
+    """What torchvision says of a file, where it is one of its own by name and hash; None where it is not."""
+    if (hashed := HASH_IN_NAME.search(file_name)) is None:
+        return None
+    for known in _torchvision_names():
+        weights = torchvision.models.get_weight(known)
+        if _file_name(weights) == file_name and sha256(path).startswith(hashed[1]):
+            return _as_published(path, f"{name}, {known}", weights)
+    return None
+
+
+def _file_name(weights: WeightsEnum) -> str:
+    return str(weights.url).rsplit("/", 1)[1]
+
+
+def _as_published(path: Path, name: str, weights: WeightsEnum) -> Source:
     images = weights.transforms()
     known = {key: [float(x) for x in getattr(images, key, ())] for key in ("mean", "std")}
     classes = weights.meta.get("categories")
     if isinstance(images, ObjectDetection):
         classes = classes and classes[1:]  # the first is the background
-        if not name.startswith("SSD"):  # these normalise within, as generalized_rcnn.py's other users do
+        if not repr(weights).startswith("SSD"):  # the others' builders leave this to generalized_rcnn.py
             known = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     return Source(
         path,
-        repr(weights),  # DEFAULT is another name of one of them
+        name,
         normalisation=known if known["mean"] else None,
         licence=weights.meta.get("license"),
         classes=tuple(classes) if classes else None,

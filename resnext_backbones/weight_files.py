@@ -7,7 +7,8 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,36 @@ from .errors import UsageError
 from .receipt import Normalisation, few
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+PARTS = ("model", "backbone")  # of a run's configuration, which say what its network is
 
-MOST_TENSORS = 1_000_000
+MOST_ENTRIES = 1_000_000
 
 
-def read(path: Path, name: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by dotted name, and its metadata; of a checkpoint, those of its `state_dict`.
+@dataclass(frozen=True)
+class Content:
+    """What a file of weights holds, and what it says of itself; a run's checkpoint does so in its record.
+
+    Attributes:
+        tensors: by dotted name; of a checkpoint, those of its `state_dict`.
+        metadata: of a `.safetensors` file.
+        normalisation: of a record, as it stands there.
+        classes, keypoints: names of a record; None where it has none.
+        settings: of the run, by key: `model.fpn_channels`, `backbone.norm`, and which `model` and `backbone`
+            were chosen.
+        reached: how far the run had got, "epoch 3, step 1200"; empty where nothing says so.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    normalisation: Any = None
+    classes: tuple[str, ...] | None = None
+    keypoints: tuple[str, ...] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    reached: str = ""
+
+
+def read(path: Path, name: str | None = None) -> Content:
+    """What a file of weights holds.
 
     Nothing but tensors and plain containers is unpickled. `name` is what errors call the file. Raises
     `UsageError` for any file that is not a whole file of weights.
@@ -33,17 +58,17 @@ def read(path: Path, name: str | None = None) -> tuple[dict[str, Tensor], dict[s
     name = name or str(path)
     refuse_pickle(path, name)
     try:
-        tensors, metadata = (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(
-            path
-        )
+        content = (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
     except Exception as error:  # whatever a reader says of bytes it did not expect
         raise UsageError(f"cannot read weights from {name}: {_diagnose(path, error)}") from error
-    if not tensors:
+    if not content.tensors:
         raise UsageError(f"{name} holds no tensors under names; give a file of a state_dict")
-    odd = [key for key, x in tensors.items() if x.layout != torch.strided or x.is_quantized or x.is_meta]
+    odd = [
+        key for key, x in content.tensors.items() if x.layout != torch.strided or x.is_quantized or x.is_meta
+    ]
     if odd:
         raise UsageError(f"{name} holds sparse, quantised or empty tensors: {few(odd)}; save them as dense")
-    return tensors, metadata
+    return content
 
 
 def refuse_pickle(path: Path, name: str) -> None:
@@ -87,13 +112,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def normalisation_of(metadata: Mapping[str, str], name: str) -> Normalisation | None:
-    """What the metadata says of the images; Detectron2's `pixel_mean` and `pixel_std` are of 0…255.
+def normalisation_of(content: Content, name: str) -> Normalisation | None:
+    """What a file says of the images; Detectron2's `pixel_mean` and `pixel_std` are of 0…255.
 
-    Raises `UsageError` if it says so in another way than `save_weights` or Detectron2.
+    Raises `UsageError` if it says so in another way than a run, `save_weights` or Detectron2.
     """
+    metadata = content.metadata
     order = -1 if reads_bgr(metadata, name) else 1
     try:
+        if content.normalisation is not None:
+            return checked_normalisation(content.normalisation)
         if "normalisation" in metadata:
             return checked_normalisation(json.loads(metadata["normalisation"]))
         if "pixel_mean" in metadata or "pixel_std" in metadata:
@@ -115,25 +143,6 @@ def checked_normalisation(value: Any) -> Normalisation:
     return {"mean": mean, "std": std}
 
 
-def names_of(metadata: Mapping[str, str], key: str) -> tuple[str, ...] | None:
-    """The names that the metadata lists under `key`, `classes` or `keypoints`; None where it does not."""
-    try:
-        names = json.loads(metadata[key])
-    except (ValueError, KeyError, RecursionError):
-        return None
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return tuple(names) if known and names else None
-
-
-def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of the network's run by key, `model.fpn_channels` say, as far as the metadata has them."""
-    try:
-        settings = json.loads(metadata["settings"])
-    except (ValueError, KeyError, RecursionError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
-
-
 def reads_bgr(metadata: Mapping[str, str], name: str) -> bool:
     """Whether `channel_order` says that the network was trained on BGR. `UsageError` if it says neither."""
     order = metadata.get("channel_order", "RGB").upper()
@@ -147,60 +156,67 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> Content:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Content(tensors, file.metadata() or {})
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_torch(path: Path) -> Content:
     # Only the zip format can be mapped; torchvision's older files are of the one before it.
     # The reference scripts of torchvision and timm keep their arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    metadata = {}
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        record = content.get("record")
-        if isinstance(record, Mapping):
-            metadata = _metadata_of(record)
-        content = content["state_dict"]
-    tensors = dict(itertools.islice(_flatten(content), MOST_TENSORS + 1))
-    if len(tensors) > MOST_TENSORS:  # a dictionary within itself many times over would never end
-        raise ValueError(f"it has more than {MOST_TENSORS:,} tensors")
-    return tensors, metadata
+    if not (isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping)):
+        return Content(_flatten(content))
+    record = _mapping(content.get("record"))
+    config, categories = _mapping(record.get("config")), record.get("categories")
+    return Content(
+        _flatten(content["state_dict"]),
+        normalisation=record.get("normalisation"),
+        classes=_names([_mapping(c).get("name") for c in categories] if isinstance(categories, list) else []),
+        keypoints=_names(_mapping(record.get("skeleton")).get("names")),
+        settings={
+            **_mapping(config.get("choices")),
+            **{f"{part}.{key}": value for part in PARTS for key, value in _mapping(config.get(part)).items()},
+        },
+        reached=", ".join(
+            f"{what} {content[key]}"
+            for what, key in (("epoch", "epoch"), ("step", "global_step"))
+            if isinstance(content.get(key), int)
+        ),
+    )
 
 
-def _metadata_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """What the record of a run's checkpoint says of its images, classes, keypoints and network."""
-    metadata = {}
-    if record.get("normalisation") is not None:
-        metadata["normalisation"] = json.dumps(record["normalisation"])
-    categories, skeleton = record.get("categories"), record.get("skeleton")
-    named = {
-        "classes": [c.get("name") for c in categories if isinstance(c, Mapping)]
-        if isinstance(categories, list)
-        else [],
-        "keypoints": skeleton.get("names") if isinstance(skeleton, Mapping) else [],
-    }
-    for key, names in named.items():
-        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            metadata[key] = json.dumps(names)
-    config = record.get("config")
-    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
-        settings = {f"model.{key}": value for key, value in config["model"].items()}
-        choices = config.get("choices")
-        if isinstance(choices, Mapping) and "backbone" in choices:
-            settings["backbone"] = choices["backbone"]
-        metadata["settings"] = json.dumps(settings, default=str)
-    return metadata
+def _mapping(value: Any) -> Mapping[Any, Any]:
+    """`value` if it is one; what a file may hold besides says nothing."""
+    return value if isinstance(value, Mapping) else {}
 
 
-def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(node, Tensor):
-        yield path, node
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            if isinstance(key, str):  # an optimizer's moments stand under numbers, and are no weights
-                yield from _flatten(value, f"{path}.{key}" if path else key)
+def _names(value: Any) -> tuple[str, ...] | None:
+    known = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return tuple(value) if known and value else None
+
+
+def _flatten(content: Any) -> dict[str, Tensor]:
+    """The tensors in nested dictionaries by dotted path; ValueError where there is no end to them."""
+    tensors: dict[str, Tensor] = {}
+    seen = itertools.count(1)
+
+    def enter(node: Any, path: str) -> None:
+        if next(seen) > MOST_ENTRIES:  # a dictionary within itself many times over would take years
+            raise ValueError(f"it has more than {MOST_ENTRIES:,} entries")
+        if isinstance(node, Tensor):
+            tensors[path] = node
+        elif isinstance(node, Mapping):
+            for key, value in node.items():
+                if isinstance(key, str):
+                    enter(value, f"{path}.{key}" if path else key)
+                else:  # an optimizer's moments stand under numbers, and are no weights
+                    next(seen)
+
+    enter(content, "")
+    return tensors
 
 
 def _diagnose(path: Path, error: Exception) -> str:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,11 +17,15 @@ from .norm import FrozenBatchNorm2d, check_freezable, freeze_norms
 from .receipt import Clash, Normalisation, Receipt, few
 
 LEARNED = ("weight", "bias")  # buffers come and go from release to release, and say little of a network
+AVERAGED = "model_ema."  # beside `model` in the checkpoints of torchvision's reference scripts
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a source holds, and what it and its publisher say of it; see `sources.Source` and `Receipt`."""
+    """What a source holds, and what it and its publisher say of it.
+
+    See `sources.Source`, `weight_files.Content` and `Receipt`; `stride_in_1x1` is None where nobody says.
+    """
 
     name: str
     sha256: str
@@ -31,6 +36,9 @@ class Opened:
     classes: tuple[str, ...] | None
     keypoints: tuple[str, ...] | None
     norm_eps: float | None
+    settings: dict[str, Any]
+    stride_in_1x1: bool | None
+    warning: str
 
 
 def open_source(source: str | Path) -> Opened:
@@ -41,22 +49,36 @@ def open_source(source: str | Path) -> Opened:
     file = sources.find(source)
     before = weight_files.version(file.path)
     sha256 = weight_files.sha256(file.path)
-    tensors, metadata = weight_files.read(file.path)
+    content = weight_files.read(file.path)
     if weight_files.version(file.path) != before and weight_files.sha256(file.path) != sha256:
         # the SHA-256 could be of another file than the tensors; an equal file may come at any time, from a
         # process that downloads the same
         raise UsageError(f"{source} was written while it was read; try again, or give a checkpoint at rest")
     return Opened(
-        name=file.name,
+        name=f"{file.name} ({content.reached})" if content.reached else file.name,
         sha256=sha256,
-        tensors=torchvision_names(tensors, metadata, file.path),
-        metadata=metadata,
-        normalisation=file.normalisation or weight_files.normalisation_of(metadata, str(source)),
-        licence=file.licence or metadata.get("licence"),
-        classes=file.classes or weight_files.names_of(metadata, "classes"),
-        keypoints=file.keypoints or weight_files.names_of(metadata, "keypoints"),
+        tensors=torchvision_names(content.tensors, content.metadata, file.path),
+        metadata=content.metadata,
+        normalisation=file.normalisation or weight_files.normalisation_of(content, str(source)),
+        licence=file.licence or content.metadata.get("licence"),
+        classes=file.classes or content.classes,
+        keypoints=file.keypoints or content.keypoints,
         norm_eps=file.norm_eps,
+        settings=content.settings,
+        stride_in_1x1=_strides_said(content, source),
+        warning=file.warning,
     )
+
+
+def _strides_said(content: weight_files.Content, source: str | Path) -> bool | None:
+    """`stride_in_1x1` of the metadata or the run's body, which is false where a body of ours is not told."""
+    said = content.metadata.get("stride_in_1x1", content.settings.get("backbone.stride_in_1x1"))
+    if said is None:
+        ours = str(content.settings.get("backbone._target_")).startswith(f"{__package__}.")
+        return False if ours else None
+    if (said := str(said).lower()) not in ("true", "false"):
+        raise UsageError(f"{source}: it says stride_in_1x1={few([said])}, which must be true or false")
+    return said == "true"
 
 
 def load_weights(
@@ -87,6 +109,9 @@ def load_weights(
             in the source or have another shape there; the names of stages (`("fc",)`) accept it only there.
         prefix: said explicitly, where a source holds the body twice.
 
+    Of a network and its moving average, under `model` and `model_ema` (torchvision's reference scripts), the
+    average is taken.
+
     A first convolution of three input channels is fitted to a body with another number of them: one channel
     gets the sum over RGB, so that a grey image gives what its RGB copy gave; n channels get RGB repeated,
     times 3 ÷ n (timm/models/_manipulate.py). From another number than three nothing is fitted.
@@ -96,13 +121,8 @@ def load_weights(
     """
     opened = open_source(source)
     tensors, metadata = opened.tensors, opened.metadata
-    check_strides(body, metadata, source)
-
-    state = {name: tensor for name, tensor in body.state_dict().items() if not is_counter(name)}
-    if any(tensor.is_meta for tensor in state.values()):
-        raise UsageError(
-            f"{type(body).__name__} is on meta, where nothing can be loaded; build it on a device"
-        )
+    check_strides(body, opened.stride_in_1x1, source)
+    state = to_fill(body)
     own = {name.removeprefix(getattr(body, "weights_prefix", "")): name for name in state}
     fits = fits_by_prefix(tensors, {there: state[name] for there, name in own.items()})
     if prefix is None:
@@ -131,8 +151,8 @@ def load_weights(
     unused = [name for name in tensors if name not in used and not is_counter(name)]
     excused = _excused(body, allow_partial)
     faults = [f"{name} is missing" for name in missing if _stage(body, name) not in excused]
-    faults += [_said(body, clash) for clash in clashing if _stage(body, clash.name) not in excused]
-    faults += [f"{few([name])} has no place in it" for name in _homeless(body, unused, prefix, excused)]
+    faults += [in_words(body, clash) for clash in clashing if _stage(body, clash.name) not in excused]
+    faults += _homeless(body, state, unused, prefix, excused)
     if faults:
         raise UsageError(
             f"{source} does not cover {type(body).__name__}: {len(loaded)} of {len(state)} tensors fit "
@@ -152,6 +172,7 @@ def load_weights(
         clashing=tuple(clashing),
         adapted=adapted,
         unexpected=tuple(unused),
+        warning=opened.warning,
     )
 
 
@@ -269,9 +290,13 @@ def best_prefix(
         )
     most = max(fits.values())
     best = [prefix for prefix, fit in fits.items() if fit == most]
+    averaged = [prefix for prefix in best if prefix.startswith(AVERAGED)]
+    if len(best) == 2 and len(averaged) == 1:
+        return averaged[0]
     if len(best) > 1:
         raise UsageError(
-            f"{source} fits equally well under the prefixes {few(map(repr, best))}; give prefix=…"
+            f"{source} fits equally well under the prefixes {few(map(repr, best))}; save one of them alone, "
+            "or give prefix=… to load_weights"
         )
     return best[0]
 
@@ -328,14 +353,10 @@ def fit_eps(module: nn.Module, found: dict[str, Tensor], eps: float | None) -> t
     return (f"{fitted} norms, whose eps was {eps:g}: the difference is in their weights",) if fitted else ()
 
 
-def check_strides(body: nn.Module, metadata: Mapping[str, str], source: str | Path) -> None:
+def check_strides(body: nn.Module, there: bool | None, source: str | Path) -> None:
     """Where a bottleneck strides cannot be seen in its weights; with the other way they are worth little."""
-    if "stride_in_1x1" not in metadata:
-        return
-    said = metadata["stride_in_1x1"].lower()
-    if said not in ("true", "false"):
-        raise UsageError(f"{source}: its metadata has stride_in_1x1={few([said])}; it must be true or false")
-    if (said == "true") != _strides_in_1x1(body):
+    if there is not None and there != _strides_in_1x1(body):
+        said = str(there).lower()
         raise UsageError(
             f"{source} is of a network with stride_in_1x1={said}, unlike this {type(body).__name__}; build "
             f"it with stride_in_1x1={said}"
@@ -358,9 +379,30 @@ def converted(tensor: Tensor, here: Tensor, name: str, source: str | Path) -> Te
     return tensor
 
 
-def _said(body: nn.Module, clash: Clash) -> str:
+def to_fill(module: nn.Module) -> dict[str, Tensor]:
+    """Its tensors but for counters; `UsageError` where they are on meta, where nothing can be loaded."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if not is_counter(name)}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UsageError(
+            f"{type(module).__name__} is on meta, where nothing can be loaded; build it on a device"
+        )
+    return state
+
+
+def out_of_place(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """What it means that `state` has no place for a tensor of the source; None where it means nothing.
+
+    A norm without statistics of its own, group norm say, would make something else of a batch norm's weights.
+    """
+    norm, _, leaf = name.rpartition(".")
+    if leaf == "running_mean" and f"{norm}.weight" in state:
+        return f"{few([norm])} is a batch norm there, and another norm here"
+    return f"{few([name])} has no place in it" if name.endswith(LEARNED) else None
+
+
+def in_words(module: nn.Module, clash: Clash) -> str:
     """The clash; where it is the number of channels that the first convolution reads, in so many words."""
-    convolutions = (f"{name}.weight" for name, m in body.named_modules() if isinstance(m, nn.Conv2d))
+    convolutions = (f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Conv2d))
     here, there = clash.here, clash.there
     alike = len(there) == 4 and (here[0], here[2:]) == (there[0], there[2:])
     if clash.name != next(convolutions, None) or not alike:
@@ -381,14 +423,18 @@ def _excused(body: nn.Module, allow_partial: bool | Collection[str]) -> set[str]
     return stages
 
 
-def _homeless(body: nn.Module, unused: list[str], prefix: str, excused: set[str]) -> Iterator[str]:
-    """Weights for its stages that the body has not: of a deeper network, or one with more in its blocks."""
-    inside = getattr(body, "weights_prefix", "")
+def _homeless(
+    body: nn.Module, state: Mapping[str, Tensor], unused: list[str], prefix: str, excused: set[str]
+) -> Iterator[str]:
+    """Weights for its stages that the body has not: of a deeper network, one with more in its blocks, or with
+    other norms."""
     for name in unused:
-        if name.startswith(prefix) and name.endswith(LEARNED):
-            stage = _stage_within(body, inside + name.removeprefix(prefix))
-            if stage is not None and stage not in excused:
-                yield name
+        if not name.startswith(prefix):
+            continue
+        here = getattr(body, "weights_prefix", "") + name.removeprefix(prefix)
+        stage, fault = _stage_within(body, here), out_of_place(here, state)
+        if stage is not None and stage not in excused and fault is not None:
+            yield fault
 
 
 def _stage(body: nn.Module, name: str) -> str:

@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from resnext_backbones.errors import UsageError
 from tasks.data.samplers import mix
+from tasks.ema import EMA
 from tasks.loggers import JsonlLogger
+from tasks.schedule import warmup_of
 from tasks.stages import UNDECAYED, with_body_decay
 from tasks.unfreezing import Unfreezing
 
@@ -52,6 +54,9 @@ class Recipe:
     body_lr_decay: float | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # by stage, where they differ
     learning_parameters: Mapping[str, int] = field(default_factory=dict)  # by epoch, where they differ
+    warmup_steps: int = 0
+    average_decay: float | None = None  # None: the weights are not averaged
+    average_every_n_steps: int | None = None
 
     @property
     def global_batch(self) -> int:
@@ -63,16 +68,42 @@ class Recipe:
         epochs = f" in {self.epochs} epoch{'s' * (self.epochs > 1)}" if self.epochs else ""
         stages = ", ".join(f"{stage} {rate:.3g}" for stage, rate in self.learning_rates.items())
         later = ", ".join(f"{n:,} from epoch {epoch} on" for epoch, n in self.learning_parameters.items())
+        warmup = f", warm-up {_steps(self.warmup_steps)}" if self.warmup_steps else ""
+        average = ""
+        if self.average_decay is not None:
+            every = _steps(self.average_every_n_steps or 1).removeprefix("1 ")
+            average = f"; average of decay {self.average_decay:g} every {every}"
         return (
             f"{self.optimizer}, learning rate {self.learning_rate:.3g}{scaled}{stages and f' ({stages})'}, "
             f"weight decay {self.weight_decay:g} on {self.decayed_parameters:,} of {learned:,} parameters "
             f"({self.frozen_parameters:,} frozen{later and f'; {later} learn'}); "
             f"batch {self.global_batch} = {self.batch_size} a device × {self.devices} × "
-            f"{self.accumulate} accumulated; {self.total_steps:,} steps{epochs}"
+            f"{self.accumulate} accumulated; {_steps(self.total_steps)}{epochs}{warmup}{average}"
         )
+
+    def warnings(self) -> list[str]:
+        """A line about each setting that does not come to its end in so few steps."""
+        total, rising, every = self.total_steps, self.warmup_steps, self.average_every_n_steps or 0
+        lines = []
+        if 0 < total <= rising:
+            lines.append(
+                f"the warm-up of {_steps(rising)} is not shorter than the run of {_steps(total)}: the rate "
+                f"rises to {total / (rising + 1):.1%} of {self.learning_rate:.3g} and no further; lower "
+                "scheduler.warmup"
+            )
+        if 0 < total < every:
+            lines.append(
+                f"callbacks.ema.every_n_steps={every} is more than the run has, {_steps(total)}: there is no "
+                "average; lower it"
+            )
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "global_batch": self.global_batch}
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'s' * (number != 1)}"
 
 
 class BaseTask(LightningModule):
@@ -156,6 +187,8 @@ class BaseTask(LightningModule):
     def on_train_start(self) -> None:
         assert self.recipe is not None
         self.print(f"recipe: {self.recipe}")
+        for line in self.recipe.warnings():
+            self.print(f"warning: {line}")
         live = any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.model.modules())
         if live and self.recipe.batch_size < LEAST_FOR_NORMS:
             self.print(
@@ -274,6 +307,8 @@ class BaseTask(LightningModule):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         unfreezing = next((c for c in callbacks if isinstance(c, Unfreezing)), None)
         later = unfreezing.learning(self.model) if unfreezing else {}
+        average = next((c for c in callbacks if isinstance(c, EMA)), None)
+        total_steps = self._total_steps()
         return Recipe(
             optimizer=getattr(self._optimizer, "func", self._optimizer).__name__,
             learning_rate=learning_rate,
@@ -282,7 +317,7 @@ class BaseTask(LightningModule):
             devices=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             epochs=trainer.max_epochs if trainer.max_epochs != -1 else None,
-            total_steps=self._total_steps(),
+            total_steps=total_steps,
             weight_decay=keywords.get("weight_decay", 0.0),
             decayed_parameters=sum(p.numel() for p in learned if _decays(p)),
             undecayed_parameters=sum(p.numel() for p in learned if not _decays(p)),
@@ -292,6 +327,9 @@ class BaseTask(LightningModule):
                 group["name"].removesuffix(UNDECAYED): group["lr"] for group in groups if "name" in group
             },
             learning_parameters={str(epoch): number for epoch, number in later.items()},
+            warmup_steps=warmup_of(self._scheduler, total_steps),
+            average_decay=average.decay if average else None,
+            average_every_n_steps=average.every_n_steps if average else None,
         )
 
     def _total_steps(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -105,8 +106,10 @@ def hand_over(
     if (weights := cfg.model.get("weights")) is not None:
         classes = [category["name"] for category in data.categories]
         keypoints = data.skeleton.names if data.skeleton else ()
-        asked: Any = OmegaConf.to_container(cfg.model, resolve=True)
-        settings = {f"model.{key}": value for key, value in asked.items()}
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        parts = ("model", "backbone")
+        settings = {f"{part}.{key}": value for part in parts for key, value in config[part].items()}
+        settings |= config.get("choices", {})
         receipt = load_network(model, body, weights, classes, keypoints, settings)
         say(Text(without_secrets(str(receipt))))
     if receipt is not None and (line := take_normalisation(receipt, model, body)):
@@ -158,14 +161,10 @@ def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> 
     """Lightning's trainer with our checkpoints, our samplers and the loggers."""
     settings = cfg.copy()
     settings.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    callbacks = [build(settings.callbacks, name) for name, chosen in settings.callbacks.items() if chosen]
-    if cfg.backbone.get("unfreeze") is not None:
-        callbacks.append(Unfreezing(cfg.backbone.unfreeze))
-    callbacks.sort(key=lambda callback: isinstance(callback, StopOnSignal))  # which saves what others count
     return build(
         settings,
         "trainer",
-        callbacks=callbacks,
+        callbacks=build_callbacks(cfg),
         logger=build_loggers(settings, folder, summary),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(folder),
@@ -173,6 +172,23 @@ def build_trainer(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> 
         num_sanity_val_steps=0,  # two batches say nothing about a split
         enable_model_summary=False,
     )
+
+
+def build_callbacks(cfg: DictConfig) -> list[Callback]:
+    callbacks = [build(cfg.callbacks, name) for name, chosen in cfg.callbacks.items() if chosen]
+    if cfg.backbone.get("unfreeze") is not None:
+        callbacks.append(Unfreezing(cfg.backbone.unfreeze))
+    return sorted(callbacks, key=lambda one: isinstance(one, StopOnSignal))  # which saves what others count
+
+
+def refuse_wrong_parts(cfg: DictConfig) -> None:
+    """Raises UsageError for what no optimizer, schedule or callback takes, by building them once.
+
+    They cost nothing, and so a mistake is said before data are read and a folder is made.
+    """
+    build(cfg, "optimizer")
+    build(cfg, "scheduler")
+    build_callbacks(cfg)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, summary: Mapping[str, Any]) -> list[Logger]:

@@ -24,6 +24,8 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 MAPPINGS = (dict, OrderedDict, Counter)
 SEQUENCES = (list, tuple, set)
 
+LEARNED = {"state_dict", "current_model_state"}  # the second beside an average (tasks/ema.py)
+
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 PART = re.compile(r"\..+\.(?P<pid>\d+)\.part")
 
@@ -45,14 +47,15 @@ class AtomicCheckpointIO(CheckpointIO):
         """Write `checkpoint` to `path`, whole or not at all.
 
         Raises:
-            UsageError: an entry would not load again without unpickling, a tensor of `state_dict` is not
-                finite, or the folder is full or cannot be written to. What stood at `path` is intact.
+            UsageError: an entry would not load again without unpickling, a weight, averaged or learning, is
+                not finite, or the folder is full or cannot be written to. What stood at `path` is intact.
         """
         if storage_options is not None:
             raise TypeError("storage_options: local files have none")
         path = Path(path)
         refuse_unloadable(checkpoint, path.name)
-        refuse_non_finite(checkpoint.get("state_dict", {}), path.name)
+        for weights in LEARNED & checkpoint.keys():
+            refuse_non_finite(checkpoint[weights], path.name)
         if path.parent not in self._swept:
             self._swept.add(path.parent)
             sweep(path.parent)

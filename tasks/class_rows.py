@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnext_backbones.receipt import few
+from resnext_backbones.receipt import Clash, few
 from tasks.models.parts import ClassLayer
 
 NOBODY = "N/A"  # torchvision's name for the ids that COCO left without a class
@@ -36,6 +36,11 @@ class Rows:
     renamed: tuple[tuple[str, str], ...]
     named: bool
 
+    @property
+    def guessed(self) -> bool:
+        """Whether rows come along whose classes are only assumed."""
+        return bool(self.pairs) and not self.named
+
     def as_dict(self) -> dict[str, Any]:
         names = {"kept": self.kept, "new": self.new, "dropped": self.dropped}
         plain = {"of": self.of, "named": self.named, "there": self.there}
@@ -43,8 +48,11 @@ class Rows:
 
     def __str__(self) -> str:
         here = len(self.kept) + len(self.new)
-        if not self.named and self.pairs:
-            return f"all {here} kept in their order, since the source does not name its own"
+        if self.guessed:
+            return (
+                f"all {here} kept in their order, as if they were {few(self.kept)}, since the source does "
+                "not name its own"
+            )
         if not self.named:
             return f"all {here} new, since the source does not name its {self.there}"
         said = [f"{len(self.kept)} of {here} kept" + (f" ({few(self.kept)})" if self.kept else "")]
@@ -115,7 +123,7 @@ def misfit(name: str, layer: ClassLayer, here: Tensor, there: Tensor, rows: Rows
     """What keeps the rows of a tensor from being taken, if anything does."""
     axis = _axis(layer, here)
     if there.ndim != here.ndim or _without(axis, here.shape) != _without(axis, there.shape):
-        return f"{name} is {list(here.shape)} here, {list(there.shape)} there"
+        return str(Clash(name, tuple(here.shape), tuple(there.shape)))
     wanted = layer.groups * (rows.there + layer.background) * layer.rows
     if there.shape[axis] != wanted:
         return (

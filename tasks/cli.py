@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.initialize import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tasks import plugins
 
@@ -43,12 +44,61 @@ def guarded(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     shadowed = plugins.clashes(sources, config_dir)
     for line in [*faults, *(plugins.said(*clash) for clash in shadowed.items())]:
         print(f"train.py: warning: {line}", file=sys.stderr)
+    known = {
+        option
+        for folder in (Path(config_dir), *(s.folder for s in sources))
+        for option in plugins.options(folder)
+    }
+    sys.argv[1:] = with_kept_choices(sys.argv[1:], known)
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         end(explain(error, sys.argv[1:], config_dir, config_name))
+    except ValueError:
+        if reason := no_name(sys.argv[1:], known):
+            end(reason)
+        raise
     except KeyboardInterrupt:
         end("interrupted", 130)
+
+
+def with_kept_choices(arguments: Sequence[str], known: Collection[tuple[str, str]]) -> list[str]:
+    """The command line with what the run of `resume=FOLDER` chose in each group that is not chosen anew.
+
+    So its overrides are composed and checked on top of the optimizer, the callbacks … which the run has.
+
+    Args:
+        known: each (group, option) there is. A choice that is there no more is left out: the folder's own
+            configuration holds its settings.
+    """
+    given = list(arguments)
+    try:
+        words = OverridesParser.create().parse_overrides([a for a in given if _is_override(a)])
+        resume = next(o for o in words if o.key_or_group == "resume" and not o.is_sweep_override())
+        choices = dict(OmegaConf.load(Path(str(resume.value()), "config.yaml")).choices)
+    except StopIteration:
+        return given
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError):
+        return given  # what is wrong is said where the words are composed and the folder is opened
+    chosen = {o.key_or_group for o in words}
+    named = [(group, str(option)) for group, option in choices.items() if group not in chosen]
+    kept = [f"{group}={option}" for group, option in named if (group, option) in known]
+    place = given.index(str(resume.input_line))  # among the words, not between a flag and its value
+    return given[:place] + kept + given[place:]
+
+
+def _is_override(argument: str) -> bool:
+    return ("=" in argument or argument.startswith("~")) and not argument.startswith("-")
+
+
+def no_name(arguments: Sequence[str], known: Collection[tuple[str, str]]) -> str | None:
+    """What is wrong where a group is given something else than an option's name, such as `ema=null`."""
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if _is_override(a)]):
+        options = sorted(option for group, option in known if group == override.key_or_group)
+        if options and not override.is_delete() and not isinstance(override.value(), str | list):
+            none = "" if "none" in options else "; to choose none, leave it out"
+            return f"{override.input_line}: the name of an option is wanted: {', '.join(options)}{none}"
+    return None
 
 
 def refuse_clashes(choices: Mapping[str, Any], config_dir: str, config_name: str) -> None:
@@ -67,6 +117,9 @@ def explain(error: Exception, arguments: list[str], config_dir: str, config_name
         return f"{group}={option}: no such option; {_nearest(option, options)}"
     if key := re.search(r"Could not override '([^']+)'", text):
         known = list(_keys(_compose(arguments, config_dir, config_name)))
+        part = re.match(r"(?:callbacks\.)?(ema|early_stopping)(?:\.|$)", key[1])
+        if part and f"callbacks.{part[1]}._target_" not in known:
+            return f"{key[1]}: add {part[1]}=default, which sets callbacks.{part[1]}"
         return f"{key[1]}: no such key; {_nearest(key[1], known)} (all keys: python train.py --cfg job)"
     if bad := re.search(r"Error parsing override '(.*?)'", text):
         return f"{bad[1]}: write key=value, and quote values with spaces, commas or brackets: 'key=\"a, b\"'"
@@ -116,7 +169,7 @@ def _compose(arguments: list[str], config_dir: str, config_name: str) -> DictCon
     """The configuration with the groups that were asked for, as far as they exist, and no other override."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir, version_base="1.3"):
-        words = [a for a in arguments if "=" in a and not a.startswith("-")]
+        words = [a for a in arguments if _is_override(a)]
         always = [searched(source) for source in config_dir_of(arguments)]
         while words:
             try:

@@ -24,10 +24,11 @@ class StopEarly(EarlyStopping):
     """
 
     def __init__(self, monitor: str, mode: str, patience: int = 10, min_delta: float = 0.0) -> None:
-        if patience < 1 or min_delta < 0:
+        whole = isinstance(patience, int) and patience >= 1
+        if not whole or not isinstance(min_delta, int | float) or min_delta < 0:
             raise UsageError(
-                f"callbacks.early_stopping: patience={patience}, min_delta={min_delta}: at least 1 and at "
-                "least 0 are wanted"
+                f"callbacks.early_stopping: patience={patience}, min_delta={min_delta}: a whole number of at "
+                "least 1 and a number of at least 0 are wanted"
             )
         super().__init__(
             monitor, min_delta, patience, mode=mode, check_finite=False, check_on_train_epoch_end=False
@@ -36,8 +37,6 @@ class StopEarly(EarlyStopping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.wait_count >= self.patience:
             trainer.should_stop = True
-            more = f"early_stopping=default callbacks.early_stopping.patience={2 * self.patience}"
-            pl_module.print(f"{self._why()}; to train on, give {more}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -50,9 +49,20 @@ class StopEarly(EarlyStopping):
             )
         if numbers[self.monitor].isnan():
             return
+        asked_before = self.wait_count >= self.patience
         super().on_validation_end(trainer, pl_module)
-        if trainer.should_stop:
-            pl_module.print(f"stopped after epoch {trainer.current_epoch + 1}: {self._why()}")
+        if asked_before and self.wait_count < self.patience:  # better again, while min_epochs went on
+            trainer.should_stop = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not before: `trainer.min_epochs` may have asked for more epochs, and then it went on."""
+        over = trainer.current_epoch == trainer.max_epochs  # anyhow
+        if self.wait_count >= self.patience and trainer.should_stop and not over:
+            more = f"callbacks.early_stopping.patience={2 * self.patience}"
+            pl_module.print(
+                f"stopped after epoch {trainer.current_epoch}: {self._why()}; to train on, resume with "
+                f"{more} or ~callbacks.early_stopping"
+            )
 
     def _why(self) -> str:
         change = "risen" if self.mode == "max" else "fallen"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.markup import escape
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from resnext_backbones.errors import UsageError
+from resnext_backbones.sources import best_else_last
 from tasks.checkpoint import find_checkpoint, read_checkpoint
 from tasks.provenance import without_secrets
 
@@ -19,7 +21,9 @@ CONFIG = "config.yaml"
 # What may change when a run goes on; network, data and seed are part of what it is.
 CHANGEABLE = ("stages", "trainer", "logger", "callbacks", "optimizer", "scheduler", "resume", "runs_dir")
 # Groups whose settings stand under another key than their own name.
-ELSEWHERE = {"tta": "task.views", "ema": "callbacks.ema", "early_stopping": "callbacks.early_stopping"}
+CALLBACKS = {"callbacks.ema": "ema", "callbacks.early_stopping": "early_stopping"}
+ELSEWHERE = {"tta": "task.views"} | {key: group for group, key in CALLBACKS.items()}
+THIS_CALL = ("stages", "task.views")  # asked of one call: the folder keeps what it began with
 PREPARATION = ("target", "image_size", "crop_ratio", "interpolation")  # of data, what a network learned with
 CHANGEABLE_DATA = ("num_workers", "worker_timeout", "root", "max_pixels", "max_drop_fraction")
 
@@ -40,9 +44,9 @@ def open_folder(cfg: DictConfig, choices: Mapping[str, str]) -> Path:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise UsageError(
-            f"{folder} exists: go on with that run by resume={folder}, or give another run_id"
-        ) from None
+        begun = best_else_last(folder) is not None
+        way = f"go on with that run by resume={folder}" if begun else "it has no checkpoint, so delete it"
+        raise UsageError(f"{folder} exists: {way}, or give another run_id") from None
     except OSError as fault:
         raise UsageError(f"{folder} cannot be made ({fault.strerror}): give another runs_dir") from fault
     save_config(cfg, folder)
@@ -60,13 +64,17 @@ def resumed(
 ) -> DictConfig:
     """The configuration kept in the folder `cfg.resume`, with this command line's overrides on top.
 
+    Where it trains on, the folder keeps it, but for what is asked of this call alone (`THIS_CALL`).
+
     Raises:
         UsageError: the folder is not a run's, or an override changes the network, the data or the seed.
     """
     folder = Path(os.path.abspath(cfg.resume))
     kept = _kept(folder, f"resume={cfg.resume}")
+    before = kept.copy()
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     with open_dict(kept):
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
+        for override in sorted(parsed, key=lambda o: o.key_or_group not in choices):  # groups, then keys
             group = override.key_or_group
             key = ELSEWHERE.get(group, group)
             value = OmegaConf.select(cfg, key)
@@ -88,11 +96,26 @@ def resumed(
                     "weights"
                 )
             OmegaConf.update(kept, key, value, merge=False, force_add=True)
-            say(f"override: {override.input_line}")
+            if group in choices and key not in THIS_CALL:
+                kept.choices[group] = choices[group]
+            elif value is None and key in CALLBACKS:
+                kept.choices[CALLBACKS[key]] = "none"
+            say(escape(f"override: {override.input_line}"))  # whose brackets are no markup
         # Everything else refers to these, so a folder may have been moved.
         kept.runs_dir, kept.run_id, kept.resume = str(folder.parent), folder.name, str(folder)
-    save_config(kept, folder)
+    if "fit" in kept.stages:
+        save_config(_without_this_call(kept, before), folder)
     return kept
+
+
+def _without_this_call(kept: DictConfig, before: DictConfig) -> DictConfig:
+    """What the folder keeps: `kept` with what was asked of this call alone as it was `before`."""
+    lasting = kept.copy()
+    with open_dict(lasting):
+        for key in THIS_CALL:
+            if (value := OmegaConf.select(before, key)) != OmegaConf.select(lasting, key):
+                OmegaConf.update(lasting, key, value, merge=False)
+    return lasting
 
 
 def of_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -122,8 +145,7 @@ def of_checkpoint(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def best_of(path: str | Path) -> Path:
     """The checkpoint to judge: a file itself, of a run's folder the best, else the last."""
-    best = Path(path) / "checkpoints/best.ckpt"
-    return best if best.is_file() else find_checkpoint(path)
+    return best_else_last(Path(path)) or find_checkpoint(path)
 
 
 def _kept(folder: Path, said: str) -> DictConfig:
@@ -133,7 +155,7 @@ def _kept(folder: Path, said: str) -> DictConfig:
         raise UsageError(
             f"{said}: {folder / CONFIG} cannot be read ({fault}); give a run's folder"
         ) from fault
-    if not isinstance(kept, DictConfig) or "choices" not in kept:
+    if not isinstance(kept, DictConfig) or not OmegaConf.is_dict(kept.get("choices")):
         raise UsageError(f"{said}: {folder / CONFIG} is not a run's configuration; give a run's folder")
     return kept
 

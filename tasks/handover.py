@@ -6,7 +6,7 @@ source finds boxes) stays as built. What is a part, and which layers have rows o
 the network declares (`tasks/models/parts.py`); rows of classes with equal names come along (`class_rows.py`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnext_backbones import Clash, Receipt, UsageError
 from resnext_backbones.receipt import few
-from resnext_backbones.weight_files import reads_bgr, settings_of
+from resnext_backbones.weight_files import reads_bgr
 from resnext_backbones.weights import (
     LEARNED,
     Opened,
@@ -23,11 +23,16 @@ from resnext_backbones.weights import (
     converted,
     fit_eps,
     fits_by_prefix,
+    in_words,
     is_counter,
     open_source,
+    out_of_place,
+    to_fill,
 )
 from tasks.class_rows import Rows, count, match, misfit, taken
 from tasks.models.parts import ClassLayer, Part
+
+UNSEEN = ("backbone.output_stride",)  # of a body: what its weights were trained with and do not show
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class NetworkReceipt(Receipt):
 
     Attributes:
         rows: of the classes and, where there are any, of the keypoints.
-        as_built: parts that the source has not.
+        as_built: parts that the source has not, which are no stages.
         otherwise: settings that no shape shows, with which the source was trained in another way.
     """
 
@@ -57,7 +62,8 @@ class NetworkReceipt(Receipt):
         return super().summary() | {name: plain[name] for name in ("rows", "as_built", "otherwise")}
 
     def __str__(self) -> str:
-        lines = [super().__str__(), *(f"  {rows.of}: {rows}" for rows in self.rows)]
+        lines = [super().__str__()]
+        lines += [f"  {'warning: ' * rows.guessed}{rows.of}: {rows}" for rows in self.rows]
         lines += [f"  as built, the source has none: {', '.join(self.as_built)}"] if self.as_built else []
         lines += [f"  warning: trained with {line}: results will be worse" for line in self.otherwise]
         return "\n".join(lines)
@@ -105,8 +111,8 @@ def load_network(
         source: as of `load_weights`; a run's checkpoint names its classes, and so do torchvision's names.
         classes: in the order of their labels here, without a detector's background.
         keypoints: of an object here, in their order.
-        settings: of the model here by key, such as {"model.anchor_scales": [8]}, to be compared with those
-            that a run's checkpoint was trained with.
+        settings: of model and body here by key, such as {"model.anchor_scales": [8]}, and under "model" and
+            "backbone" which were chosen, to be compared with those that a run's checkpoint was trained with.
 
     Raises `UsageError`, and leaves the model as it is, where the source cannot be read, has a body alone, or
     has a part that is of another shape or not complete.
@@ -114,35 +120,29 @@ def load_network(
     opened = open_source(source)
     if reads_bgr(opened.metadata, source):
         raise UsageError(f"{source} reads BGR: give backbone.weights={source}, which turns a body to RGB")
-    check_strides(body, opened.metadata, source)
+    check_strides(body, opened.stride_in_1x1, source)
     anatomy = _anatomy(model, body)
     state, layers = anatomy.state, anatomy.layers
     prefix, tensors = _under_own_names(model, body, state, opened, source)
     found = {name: tensors[name] for name in state if name in tensors}
     there = {part for part, names in anatomy.parts.items() if any(name in found for name in names)}
     if not there - {anatomy.body}:
-        raise UsageError(
-            f"{source} has of this {type(model).__name__} a body alone: give backbone.weights={source}"
-        )
+        raise _body_alone(model, source)
     named = {"classes": (classes, opened.classes), "keypoints": (keypoints, opened.keypoints)}
     rows = {
         kind: match(kind, here, theirs or count(layers[names[0]], found[names[0]]))
         for kind, (here, theirs) in named.items()
         if (names := [name for name, layer in layers.items() if layer.of == kind and name in found])
     }
-    trained_with = settings_of(opened.metadata)
-    faults = list(_differing(anatomy, there, found, tensors, rows))
-    _refuse_what_differs(faults, anatomy.body, source, trained_with)
+    faults = list(_differing(model, anatomy, there, found, tensors, rows))
+    _refuse_what_differs(faults, anatomy.body, source, opened.settings, settings or {})
 
     adapted = fit_eps(model, found, opened.norm_eps)
     new = {name: converted(tensor, state[name], name, source) for name, tensor in found.items()}
-    clashing = []
     for name in [name for name in layers if name in new]:
         layer, here, theirs = layers[name], state[name], new.pop(name)
-        if rows[layer.of].named or rows[layer.of].pairs:
+        if rows[layer.of].pairs or layer.background:  # the background's row is known whoever has the others
             new[name] = taken(layer, here, theirs, rows[layer.of])
-        else:  # nobody knows whose rows these are
-            clashing.append(Clash(name, tuple(here.shape), tuple(theirs.shape)))
     model.load_state_dict(new, strict=False)
     return NetworkReceipt(
         source=opened.name,
@@ -154,26 +154,24 @@ def load_network(
         stages={
             part.name: {
                 "loaded": tuple(name for name in names if name in new),
-                "missing": tuple(name for name in names if name not in found),
-                "clashing": tuple(clash.name for clash in clashing if clash.name in names),
+                "missing": (),  # or it was refused, as what clashes was
+                "clashing": (),
             }
             for part, names in anatomy.parts.items()
+            if part in there
         },
-        clashing=tuple(clashing),
+        clashing=(),
         adapted=adapted,
         unexpected=tuple(name for name in tensors if name not in state and not is_counter(name)),
         rows=tuple(rows.values()),
         as_built=tuple(part.name for part in anatomy.parts if part not in there),
-        otherwise=tuple(
-            f"{key}={few([str(trained_with[key])])}, here {few([str(ours)])}"
-            for key, ours in (settings or {}).items()
-            if any(key in part.keys for part in there) and trained_with.get(key, ours) != ours
-        ),
+        otherwise=tuple(_otherwise(there, opened.settings, settings or {})),
+        warning=opened.warning,
     )
 
 
 def _anatomy(model: nn.Module, body: nn.Module) -> Anatomy:
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_counter(name)}
+    state = to_fill(model)
     inside = next((name for name, module in model.named_modules() if module is body), "")
     whole = Part("body", (inside,), ("backbone",))
     modules = {module: part for part in (whole, *getattr(model, "parts", ())) for module in part.modules}
@@ -199,9 +197,7 @@ def _under_own_names(
     }
     inner = max(fits, key=lambda inner: max(fits[inner].values(), default=(0, 0)))
     if not fits[inner] and fits_by_prefix(opened.tensors, dict(body.state_dict())):
-        raise UsageError(
-            f"{source} has of this {type(model).__name__} a body alone: give backbone.weights={source}"
-        )
+        raise _body_alone(model, source)
     prefix = best_prefix(fits[inner], opened.tensors, state, source)
     own = {name.removeprefix(inner): name for name in state}
     tensors = {
@@ -218,7 +214,14 @@ def _under_own_names(
     return prefix, tensors
 
 
+def _body_alone(model: nn.Module, source: str) -> UsageError:
+    return UsageError(
+        f"{source} has of this {type(model).__name__} a body alone: give backbone.weights={source}"
+    )
+
+
 def _differing(
+    model: nn.Module,
     anatomy: Anatomy,
     there: set[Part],
     found: Mapping[str, Tensor],
@@ -227,7 +230,7 @@ def _differing(
 ) -> Iterator[tuple[Part, str]]:
     """What is missing in a part that is there, of another shape, or has no place in it, part by part."""
     state = anatomy.state
-    strange = [name for name in tensors if name not in state and name.endswith(LEARNED)]
+    strange = {name: out_of_place(name, state) for name in tensors if name not in state}
     for part, names in anatomy.parts.items():
         if part not in there and part is not anatomy.body:
             continue
@@ -239,23 +242,48 @@ def _differing(
                 if (fault := misfit(name, layer, state[name], found[name], rows[layer.of])) is not None:
                     yield part, fault
             elif found[name].shape != state[name].shape:
-                yield part, str(Clash(name, tuple(state[name].shape), tuple(found[name].shape)))
-        yield from (
-            (part, f"{few([name])} has no place in it") for name in strange if anatomy.part_of(name) == part
-        )
+                yield part, in_words(model, Clash(name, tuple(state[name].shape), tuple(found[name].shape)))
+        for name, fault in strange.items():
+            if fault is not None and anatomy.part_of(name) == part:
+                yield part, fault
 
 
 def _refuse_what_differs(
-    faults: Sequence[tuple[Part, str]], body: Part, source: str, settings: Mapping[str, Any]
+    faults: Sequence[tuple[Part, str]],
+    body: Part,
+    source: str,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
 ) -> None:
-    """Raises UsageError that names the first fault: a pyramid's width, say, is the cause of those behind."""
+    """Raises UsageError that names the first fault: a pyramid's width, say, is the cause of those behind.
+
+    Named with it are the settings of that part which are known to differ, the kind of network before them;
+    where nothing is known to, all that decide on the part.
+    """
     if not faults:
         return
     part, fault = faults[0]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    keys = [f"{key}={few([str(settings[key])])}" if key in settings else key for key in part.keys]
+    # A part that several kinds of network have may declare a key that this kind has not.
+    own = [key for key in part.keys if key in ours or not ours or key == "backbone"]
+    keys = [key for key in (*(["model"] if part is not body else []), *own) if _differs(key, theirs, ours)]
+    known = [f"{key}={few([str(theirs[key])])}" if key in theirs else key for key in keys or own or ["model"]]
     otherwise = "" if part is body else f", or give backbone.weights={source} for its body alone"
     raise UsageError(
-        f"{source} is of another network: in the {part.name} {fault}{more}; set {', '.join(keys)} as it was "
+        f"{source} is of another network: in the {part.name} {fault}{more}; set {', '.join(known)} as it was "
         f"trained with{otherwise}"
     )
+
+
+def _otherwise(parts: Iterable[Part], theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of these parts that no shape shows, with which the source was trained in another way."""
+    for key in (key for key in ours if key.startswith("model.") and any(key in part.keys for part in parts)):
+        if _differs(key, theirs, ours):
+            yield f"{key}={few([str(theirs[key])])}, here {few([str(ours[key])])}"
+    for key in UNSEEN:  # which few configurations spell out
+        if "backbone._target_" in theirs and ours and theirs.get(key) != ours.get(key):
+            yield f"{key}={few([str(theirs.get(key))])}, here {few([str(ours.get(key))])}"
+
+
+def _differs(key: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    return key in theirs and key in ours and theirs[key] != ours[key]

@@ -63,14 +63,14 @@ def clashes(sources: Sequence[Source], config_dir: str) -> dict[tuple[str, str],
 
     Hydra takes the first: our own, then the plug-ins by name.
     """
-    seen = set(_options(Path(config_dir)))
+    seen = set(options(Path(config_dir)))
     found: dict[tuple[str, str], list[Source]] = {}
     for source in sources:
-        options = list(_options(source.folder))
-        for option in options:
+        theirs = list(options(source.folder))
+        for option in theirs:
             if option in seen:
                 found.setdefault(option, []).append(source)
-        seen |= set(options)
+        seen |= set(theirs)
     return found
 
 
@@ -86,8 +86,8 @@ def refused(
 ) -> str | None:
     """What is wrong if a run chooses an option of which it cannot be said whose it is."""
     chosen = {("", config_name)}
-    for group, options in choices.items():
-        for option in options if isinstance(options, list | tuple) else [options]:
+    for group, named in choices.items():
+        for option in named if isinstance(named, list | tuple) else [named]:
             chosen.add((group.partition("@")[0], str(option)))
     return next((said(option, found[option]) for option in found if option in chosen), None)
 
@@ -130,7 +130,8 @@ def _folder(package: str) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _options(folder: Path) -> Iterator[tuple[str, str]]:
+def options(folder: Path) -> Iterator[tuple[str, str]]:
+    """(group, option) of each file in a folder of configurations."""
     for file in sorted(folder.rglob("*.yaml")):
         group = file.parent.relative_to(folder).as_posix()
         yield ("" if group == "." else group), file.stem

@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from resnext_backbones import sources
 from resnext_backbones.errors import UsageError
 from tasks.base import BaseTask
 from tasks.batch_size import found_batch_size, refuse_auto
-from tasks.building import build, build_task, build_trainer, precision
+from tasks.building import begins_anew, build, build_task, build_trainer, precision, refuse_wrong_parts
 from tasks.checkpoint import find_checkpoint
 from tasks.data.check import check_dataset
 from tasks.data.module import AUTO, SPLITS, ImageData
@@ -20,6 +21,7 @@ from tasks.folder import best_of, of_checkpoint, open_folder, resumed, save_conf
 from tasks.pretrained import keep_receipt
 from tasks.provenance import git_state, versions, without_secrets, write_summary
 from tasks.terminal import hush, say, table
+from tasks.unfreezing import Unfreezing
 from tasks.wandb_run import WandbLogger
 
 STAGES = ("check", "fit", "validate", "test")
@@ -47,8 +49,12 @@ def run(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -
     elif cfg.ckpt_path is not None:
         cfg = of_checkpoint(cfg, overrides)
     refuse_auto(cfg, stages)
+    if set(stages) & set(STAGE):
+        refuse_wrong_parts(cfg)
     seed_everything(cfg.seed, verbose=False)
     data = build(cfg, "data", seed=cfg.seed)
+    if begins_anew(cfg) and set(stages) & set(STAGE):
+        find_weights(cfg)
     data.prepare_data()
     data.setup("fit")
     say(data.report())
@@ -105,6 +111,16 @@ def wanted(cfg: DictConfig) -> list[str]:
     return stages
 
 
+def find_weights(cfg: DictConfig) -> None:
+    """Raises UsageError where there are no weights to begin with, before data are read and a folder is made.
+
+    Downloads them if need be.
+    """
+    for weights in (cfg.backbone.weights, cfg.model.get("weights")):
+        if weights is not None:
+            sources.find(weights)
+
+
 def settle_batch_size(cfg: DictConfig, task: BaseTask, data: ImageData, folder: Path) -> None:
     """Puts the number found for `data.batch_size=auto` into data, configuration, folder and checkpoints."""
     settings = cfg.copy()
@@ -112,7 +128,7 @@ def settle_batch_size(cfg: DictConfig, task: BaseTask, data: ImageData, folder: 
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trial = build(settings, "trainer", enable_model_summary=False, **silent)
     unfreeze = cfg.backbone.get("unfreeze")
-    least_frozen = None if unfreeze is None else min(unfreeze.values())
+    least_frozen = None if unfreeze is None else Unfreezing(unfreeze).least
     found = found_batch_size(task, data, build(cfg, "optimizer"), trial, say, least_frozen)
     cfg.data.batch_size = data.batch_size = task.record["config"]["data"]["batch_size"] = found
     save_config(cfg, folder)

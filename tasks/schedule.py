@@ -1,10 +1,11 @@
 """Learning rates over the steps of a run: a linear warm-up, then cosine or steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from resnext_backbones.errors import UsageError
 
@@ -59,10 +60,18 @@ def warmup_multistep(
 def warmup_steps(warmup: float, total_steps: int) -> int:
     """Steps of a warm-up, which recipes quote either as a share of the run or as a number (Detectron2: 1000).
 
-    One longer than the run is no mistake: a trial of two steps takes the first two of it.
+    One longer than the run is no mistake: a trial of two steps takes the first two of it. `Recipe` warns.
     """
-    if not (0 <= warmup < 1 or (warmup < math.inf and warmup == int(warmup) > 0)):
+    number = isinstance(warmup, int | float) and 0 <= warmup < math.inf
+    if not number or (warmup >= 1 and warmup != int(warmup)):
         raise UsageError(
             f"scheduler.warmup={warmup}: give a share of the run, from 0 to below 1, or a number of steps"
         )
     return round(warmup * total_steps) if warmup < 1 else int(warmup)
+
+
+def warmup_of(schedule: Callable[..., LRScheduler], total_steps: int) -> int:
+    """Steps of the warm-up that a configured schedule (`functools.partial`) has; 0 if it is none of these."""
+    if not isinstance(schedule, partial) or schedule.func not in (warmup_cosine, warmup_multistep):
+        return 0
+    return warmup_steps(schedule.keywords.get("warmup", 0.0), total_steps)

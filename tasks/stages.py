@@ -45,7 +45,7 @@ def with_body_decay(
     Raises UsageError for another decay, and where no body says what its stages are.
     """
     option = f"task.body_lr_decay={decay}"
-    if not 0 < decay <= 1:
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 < decay <= 1:
         raise UsageError(f"{option}: a number above 0 and up to 1 is wanted")
     by_stage = parameters_by_stage(model, option)
     stage_of = {id(p): stage for stage, parameters in by_stage.items() for p in parameters}

@@ -104,9 +104,16 @@ def within_accumulation(trainer: Trainer) -> bool:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether the epoch ends with this batch, or stops here for a validation (`val_check_interval`)."""
-    done = trainer.fit_loop.batch_idx + 1
-    return ends_epoch(trainer) or done % (trainer.val_check_batch or math.inf) == 0
+    """Whether the epoch ends with this batch, or stops here for a validation (`val_check_interval`).
+
+    Counted as `_TrainingEpochLoop._should_check_val_fx` does: over the run where
+    `check_val_every_n_epoch` is null, within the epoch otherwise.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    over_the_run = trainer.check_val_every_n_epoch is None
+    done = (loop.total_batch_idx if over_the_run else loop.batch_idx) + 1
+    interval = (loop._should_check_val_epoch() and trainer.val_check_batch) or math.inf
+    return ends_epoch(trainer) or done % interval == 0
 
 
 def ends_epoch(trainer: Trainer) -> bool:

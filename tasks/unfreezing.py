@@ -25,7 +25,7 @@ class Unfreezing(Callback):
             progress does. `{3: 1, 5: 0}`: all but the stem learn from epoch 3 on, all from epoch 5 on.
 
     Raises UsageError, in `setup` at the latest, for a schedule that does not fall from what is frozen at
-    first, or that reaches beyond the run.
+    first, or that reaches beyond the run, and on several devices.
     """
 
     def __init__(self, schedule: Mapping[int, int]) -> None:
@@ -45,6 +45,11 @@ class Unfreezing(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if trainer.world_size > 1:  # DDP would wait for the gradients of all that is to learn at some time
+            raise UsageError(
+                f"{self.said}: on {trainer.world_size} devices stages cannot begin to learn later; give "
+                "trainer.devices=1, or backbone.freeze_at alone"
+            )
         self._stages = parameters_by_stage(pl_module.model, self.said)  # type: ignore[arg-type]
         frozen = [not any(p.requires_grad for p in parameters) for parameters in self._stages.values()]
         self._first = [*frozen, False].index(False)
@@ -71,6 +76,11 @@ class Unfreezing(Callback):
         if epoch in self.schedule:
             released = list(self._stages)[self.frozen(epoch) : self.frozen(epoch - 1)]
             pl_module.print(f"from epoch {epoch} on these stages learn, too: {', '.join(released)}")
+
+    @property
+    def least(self) -> int:
+        """Stages frozen at the end."""
+        return min(self.schedule.values())
 
     def frozen(self, epoch: int) -> int:
         """Stages frozen in an epoch, which counts from 1."""

@@ -52,6 +52,7 @@ TIMM = {
 SLIM = {SWIN: {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}}
 SLOW = {"alexnet", "densenet121", "efficientnet_b0", "googlenet", "hrnet_w18_small", "regnet_y_400mf"}
 SLOW |= {"shufflenet_v2_x0_5", "twins_svt_small", "swin_t", "inception_v3", "mobilenet_v2"}
+SLOW |= {"convnext_tiny", "vgg11_bn", "mobilenet_v3_small", "mobilenetv3_small_050", SWIN}
 BODIES = [
     pytest.param(
         *(kind, name, channels),

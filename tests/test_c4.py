@@ -206,7 +206,7 @@ def test_two_steps_saved_loaded_and_predicting(start, tiny_shapes, monkeypatch):
 
 def test_the_defaults_stand_in_the_configuration():
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", overrides=["model=faster_rcnn_c4"]).model
+        cfg = compose("train", overrides=["model=faster_rcnn_c4", "data=coco"]).model
     parameters = inspect.signature(faster_rcnn_c4).parameters
     for name, parameter in parameters.items():
         if name not in ("body", "num_classes"):

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, mistakes, their exit codes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,10 @@ finally:
         ("optimizer.lr=", "is wanted"),
         ("optimizer.lr==3", "write key=value"),
         ("detection", "write key=value"),
+        ("ema=null", "ema=null: the name of an option is wanted: default, none"),
+        ("augment=true", "augment=true: the name of an option is wanted: autoaugment, "),
+        ("callbacks.ema.decay=0.9", "callbacks.ema.decay: add ema=default"),
+        ("early_stopping.patience=3", "early_stopping.patience: add early_stopping=default"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_with_the_nearest_word(argument, wanted):
@@ -64,6 +69,20 @@ def test_a_mistake_is_answered_in_one_line_with_the_nearest_word(argument, wante
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("train.py: ")
     assert wanted in line
+
+
+def test_overrides_of_a_run_that_goes_on_are_composed_on_top_of_what_it_chose(tmp_path):
+    """SGD's momentum and the callbacks are none of the defaults; a choice that is gone is in nobody's way."""
+    choices = {"optimizer": "sgd", "early_stopping": "default", "backbone": "gone", "hydra/help": "default"}
+    (tmp_path / "config.yaml").write_text(json.dumps({"choices": choices}))
+    words = [f"resume='{tmp_path}'", "optimizer.momentum=0.8", "callbacks.early_stopping.patience=3"]
+    done = train("--cfg", "job", *words)
+    assert done.returncode == 0, done.stderr
+    assert "momentum: 0.8" in done.stdout
+    assert "patience: 3" in done.stdout
+    done = train(*words[:1], "optimizer.momentum=fast")
+    assert done.returncode == 2
+    assert "optimizer.momentum=fast: a number is wanted, as in optimizer.momentum=0.9" in done.stderr
 
 
 @pytest.mark.parametrize(

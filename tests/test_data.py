@@ -343,6 +343,8 @@ def test_a_classifier_sees_a_square(tmp_path: Path, size: Any) -> None:
     assert batch.images.shape == (4, 3, 32, 32)
     with pytest.raises(UsageError, match="a square; give one number"):
         ClassFolderData(str(root), image_size=[32, 64])
+    with pytest.raises(UsageError, match=r"data\.image_size=\[\[32, 40\], 64\]: .* give one number"):
+        ClassFolderData(str(root), image_size=[[32, 40], 64])  # as experiments for detectors have it
 
 
 # Fingerprints.

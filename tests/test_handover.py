@@ -22,6 +22,7 @@ from tasks.building import build, build_task
 from tasks.class_rows import match
 from tasks.handover import load_network
 from tasks.load import load_task
+from tasks.models.c4 import C4RCNN, faster_rcnn_c4
 from tasks.models.classifier import Classifier
 from tasks.models.one_stage import fcos, retinanet
 from tasks.models.rcnn import faster_rcnn, keypoint_rcnn, mask_rcnn
@@ -183,6 +184,16 @@ def test_a_detector_by_torchvisions_name_detects_what_torchvisions_does(
     if kind == "mask":
         assert mine["masks"].std() > 0.05
         torch.testing.assert_close(mine["masks"], other["masks"][:, 0], rtol=0, atol=1e-5)
+        return
+
+    # The same file by its path is the same network.
+    path = tmp_path / "checkpoints" / weights.url.rpartition("/")[2]
+    body = freeze_norms(resnet50())
+    again = build(body, 90)
+    receipt = load_network(again, body, str(path), classes)
+    assert receipt.rows[0].kept == classes
+    assert receipt.normalisation is not None
+    assert all(torch.equal(x, ours.state_dict()[name]) for name, x in again.state_dict().items())
 
 
 def test_a_norm_whose_variance_is_0_stays_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,14 +377,18 @@ def test_without_names_as_many_are_taken_in_their_order(tmp_path: Path) -> None:
     assert torch.equal(
         here.roi_heads.box_predictor.cls_score.weight, there.roi_heads.box_predictor.cls_score.weight
     )
-    assert "classes: all 3 kept in their order, since the source does not name its own" in str(receipt)
+    said = "  warning: classes: all 3 kept in their order, as if they were cat, dog, bird, since"
+    assert said in str(receipt)
     other = BUILD["faster"](5)
     built = other.roi_heads.box_predictor.cls_score.weight.clone()
     receipt = handed(other, source, OTHERS)
-    assert torch.equal(other.roi_heads.box_predictor.cls_score.weight, built)
+    new, theirs = (model.roi_heads.box_predictor.cls_score.weight for model in (other, there))
+    assert torch.equal(new[0], theirs[0])  # the background's, which has no name
+    assert torch.equal(new[1:], built[1:])
     assert torch.equal(other.roi_heads.box_head.fc6.weight, there.roi_heads.box_head.fc6.weight)
     assert "classes: all 5 new, since the source does not name its 3" in str(receipt)
-    assert receipt.counts["box head"] == {"loaded": 4, "missing": 0, "clashing": 4}
+    assert receipt.counts["box head"] == {"loaded": 8, "missing": 0, "clashing": 0}
+    assert "clashing:" not in str(receipt)
 
 
 # Parts that are not there, and what does not fit.
@@ -390,7 +405,8 @@ def test_a_head_that_the_source_lacks_stays_as_built_and_is_named(tmp_path: Path
             continue
         expected = built if "mask" in name else there.state_dict()
         assert torch.equal(tensor, expected[name]), name
-    assert receipt.counts["mask head"] == {"loaded": 0, "missing": 12, "clashing": 0}
+    assert list(receipt.counts) == ["body", "FPN", "RPN", "box head"]  # what is as built is said once
+    assert "missing:" not in str(receipt)
 
     back = handed(BUILD["faster"](3), as_run(here, tmp_path / "b.ckpt", PETS), PETS)
     assert {name.split(".")[1].partition("_")[0] for name in back.unexpected} == {"mask"}
@@ -439,6 +455,82 @@ def test_settings_that_no_shape_shows_are_compared(tmp_path: Path) -> None:
     assert receipt.otherwise == ("model.anchor_scales=[4], here [8]",)
     assert "warning: trained with model.anchor_scales=[4], here [8]" in str(receipt)
     assert handed(here, source, PETS).otherwise == ()
+
+
+def test_how_a_body_was_dilated_is_compared(tmp_path: Path) -> None:
+    here, path = BUILD["deeplab"](3), tmp_path / "a.ckpt"
+    state = {f"model.{name}": x for name, x in here.state_dict().items()}
+    config = {"backbone": {"_target_": "resnext_backbones.ResNeXt", "output_stride": 16}}
+    torch.save({"state_dict": state, "record": {"config": config}}, path)
+    for ours, said in ((8, ("backbone.output_stride=16, here 8",)), (16, ())):
+        settings = {"backbone.output_stride": ours}
+        assert load_network(here, body_of(here), str(path), PETS, settings=settings).otherwise == said
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "ours", "words", "none"),
+    [
+        (
+            BUILD["faster"],
+            lambda k: faster_rcnn_c4(ResNeXt((1, 1, 1, 1), base_width=8), k, rpn_channels=32),
+            {"model": "faster_rcnn_c4", "model.rpn_channels": 32, "model.anchor_scales": [2, 4]},
+            "set model=there, model.anchor_scales=[8] as it was",
+            "rpn_channels",
+        ),
+        (
+            lambda k: BUILD["retinanet"](k, fpn_channels=64),
+            BUILD["fcos"],
+            {"model": "fcos", "model.fpn_channels": 64},
+            "set model=there as it was",
+            "extra_levels",
+        ),
+        (BUILD["faster"], lambda k: BUILD["faster"](k, fpn_channels=32),
+         {"model": "there", "model.fpn_channels": 32}, "set model.fpn_channels=16 as it was", "set model="),
+    ],
+    ids=["pyramid into C4", "RetinaNet into FCOS", "the same kind"],
+)  # fmt: skip
+def test_another_kind_of_network_is_named_before_its_settings(
+    there: Any, here: Any, ours: dict[str, Any], words: str, none: str, tmp_path: Path
+) -> None:
+    source, model = there(3), here(3)
+    if isinstance(model, C4RCNN):  # bodies are equal, so that what differs is the rest
+        source = faster_rcnn(ResNeXt((1, 1, 1, 1), base_width=8), 3, **RCNN)
+    settings = {"anchor_scales": [8], "fpn_channels": 64 if "fcos" in ours.values() else 16}
+    path = as_run(source, tmp_path / "a.ckpt", PETS, **settings)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["record"]["config"]["choices"]["model"] = "there"
+    torch.save(checkpoint, path)
+    with pytest.raises(UsageError) as caught:
+        load_network(model, body_of(model), path, PETS, settings=ours | {"backbone": "tiny"})
+    assert words in str(caught.value)
+    assert none not in str(caught.value)
+
+
+def test_no_key_is_named_that_this_kind_of_network_has_not(tmp_path: Path) -> None:
+    source = plain(BUILD["retinanet"](3, fpn_channels=64), tmp_path / "a.pth")
+    here = BUILD["fcos"](3)
+    with pytest.raises(UsageError, match=r"in the p6 and p7 .*; set model as it was trained with"):
+        load_network(here, body_of(here), source, PETS, settings={"model": "fcos", "model.fpn_channels": 64})
+
+
+def test_what_shapes_do_not_show_of_a_body_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    there = faster_rcnn(tiny(norm="batch"), 3, **RCNN)
+    group = faster_rcnn(tiny(norm="group"), 3, **RCNN)
+    refused(group, as_run(there, path, PETS), "in the body backbone.body.bn1 is a batch norm there")
+    first, other = (
+        faster_rcnn(ResNeXt((1, 1, 1, 1), base_width=4, stride_in_1x1=on), 3, **RCNN) for on in (True, False)
+    )
+    as_run(first, path, PETS)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["record"]["config"]["backbone"] = {"stride_in_1x1": True}
+    torch.save(checkpoint, path)
+    refused(other, str(path), "stride_in_1x1=true")
+    assert handed(first, str(path), PETS).unexpected == ()
+    grey = faster_rcnn(tiny(in_channels=1), 3, **RCNN)
+    refused(BUILD["faster"](3), plain(grey, path), "it reads images of 1 channel, this network of 3")
+    with pytest.raises(UsageError, match="RCNN is on meta"):
+        handed(BUILD["faster"](3).to("meta"), as_run(there, path, PETS), PETS)
 
 
 def test_half_a_part_another_body_and_a_deeper_one_are_refused(tmp_path: Path) -> None:
@@ -554,7 +646,9 @@ def test_a_run_begins_with_a_whole_network_and_says_so(
     )  # fmt: skip
     printed = " ".join(capsys.readouterr().out.split())
     names = boxes.task.names
-    assert f"weights: {boxes.folder}" in printed
+    assert f"weights: {boxes.folder}/checkpoints/last.ckpt" in printed
+    assert "warning: " in printed
+    assert "has no best.ckpt" in printed
     assert f"classes: {len(names)} of {len(names)} kept ({names[0]}," in printed
     receipt = json.loads((folder / "weights.json").read_text())
     assert receipt["rows"][0]["kept"] == names
@@ -580,6 +674,23 @@ def test_a_checkpoint_is_loaded_without_the_weights_it_began_with(
     record = torch.load(boxes.folder / "checkpoints/last.ckpt", weights_only=True)["record"]
     record["config"]["model"]["weights"] = str(tmp_path / "gone")
     assert isinstance(body_of(load_task(changed(boxes.folder, tmp_path, **record)).task.model), ResNeXt)
+
+
+def test_a_run_compares_its_settings_with_the_sources(
+    boxes: Any, tiny_shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = torch.load(boxes.folder / "checkpoints/last.ckpt", weights_only=True)["record"]["config"]
+    there = config["model"]["roi_canonical_size"]
+    config["backbone"]["output_stride"] = 16
+    config["choices"] = {"model": "faster_rcnn", "backbone": "custom"}
+    source = changed(boxes.folder, tmp_path, config=config)
+    words = ["model.roi_canonical_size=60", "+backbone.output_stride=32"]
+    _, receipt = begun("boxes", tiny_shapes, f"model.weights={source}", *words)
+    said = (f"model.roi_canonical_size={there}, here 60", "backbone.output_stride=16, here 32")
+    assert receipt.otherwise == said
+    monkeypatch.setitem(KINDS, "c4", ["task=detection", "model=faster_rcnn_c4", "+choices.model=c4"])
+    with pytest.raises(UsageError, match=r"set model=faster_rcnn, model\.anchor_scales=\[4\] as it was"):
+        begun("c4", tiny_shapes, f"model.weights={source}")
 
 
 OTHER = {"mean": [0.25, 0.5, 0.75], "std": [0.125, 0.25, 0.0625]}

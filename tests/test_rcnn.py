@@ -226,6 +226,24 @@ def test_padding_does_not_reach_the_network():
 
 
 @pytest.mark.parametrize(
+    ("settings", "before", "after"),
+    [  # torchvision's 2000 and 1000, before and after it; Detectron2's 2000 and 1000 in training
+        ({}, (2000, 1000), (2000, 1000)),
+        ({"proposals_train": 300, "proposals_test": 200}, (300, 200), (300, 200)),
+        ({"candidates_train": 2000, "proposals_train": 1000}, (2000, 1000), (1000, 1000)),
+        ({"candidates_test": 500}, (2000, 500), (2000, 1000)),
+    ],
+)
+@pytest.mark.parametrize("builder", [faster_rcnn, mask_rcnn])
+def test_as_many_candidates_as_proposals_unless_given(builder, settings, before, after):
+    with torch.device("meta"):
+        rpn = builder(resnet18(), 3, **settings).rpn
+    for mode, most, kept in zip((True, False), before, after, strict=True):
+        rpn.training = mode
+        assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (most, kept)
+
+
+@pytest.mark.parametrize(
     ("builder", "frozen", "expected"),
     [  # published for torchvision's layout with 91 classes, frozen norms, every layer counted
         ("resnext50_32x4d", True, 41_212_054),

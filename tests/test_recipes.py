@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from functools import cache
+from functools import cache, reduce
 from types import SimpleNamespace
 
 import pytest
@@ -10,22 +10,19 @@ import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from test_cifar import write_cifar
 
 from resnext_backbones import ResNeXt, variants
-from tasks.building import HAND_OVER, build, build_model
+from tasks.building import HAND_OVER, build, build_body, build_model
 from tasks.cli import check_types
 from tasks.data.samplers import TrainSampler
 from tasks.loggers import read_metrics
 
 FOLDER = ROOT / "configs/experiment"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "small_data_cpu")
-PUBLISHED = {  # images that are trained on
-    "imagenet": 1_281_167,
-    "cifar10": 50_000,
-    "coco": 117_266,  # with objects, of 118,287
-    "coco_semantic": 118_287,
-}
+PUBLISHED = {"imagenet": 1_281_167, "cifar10": 50_000}  # images that are trained on
+COCO = {True: 118_287, False: 117_266}  # with those without objects, and without
 RECIPE = re.compile(
     r"lr (?P<lr>[\d.]+), batch (?P<batch>\d+), weight decay (?P<decay>[\d.]+), (?P<epochs>\d+) epochs, "
     r"(?P<steps>\d+) steps, (?:milestones (?P<milestones>[\d ]+)|(?P<cosine>cosine to 0)), "
@@ -140,8 +137,9 @@ def test_the_command_is_one_that_train_takes(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("small_data")])
 def test_it_is_the_published_datasets_size(name):
-    source = max((source for source in PUBLISHED if name.startswith(source)), key=len)
-    assert int(RECIPE.fullmatch(header(name)["Recipe"])["images"]) == PUBLISHED[source]
+    source = name.partition("_")[0]
+    images = COCO[composed(name).data.keep_negatives] if source == "coco" else PUBLISHED[source]
+    assert int(RECIPE.fullmatch(header(name)["Recipe"])["images"]) == images
 
 
 # What the sources say in numbers of their own; all else above is only one file against another.
@@ -168,13 +166,135 @@ def test_a_schedule_is_its_sources_in_whole_epochs(name, steps, milestones):
     assert shares == pytest.approx([step / steps for step in milestones], abs=1e-5)
 
 
+SGD = {"optimizer._target_": "torch.optim.SGD", "optimizer.momentum": 0.9}
+LUA = {  # facebookresearch/ResNeXt, train.lua and models/resnext.lua
+    **SGD,
+    "optimizer.nesterov": True,
+    "trainer.gradient_clip_val": None,
+    "backbone.weights": None,
+    "task.mixup": 0.0,
+    "task.cutmix": 0.0,
+    "task.label_smoothing": 0.0,
+}
+MULTISCALE = {"data.image_size": [[640, 672, 704, 736, 768, 800], 1333], "data.crop": None, "data.flip": 0.5}
+FPN = {  # Detectron2, configs/Base-RCNN-FPN.yaml and detectron2/config/defaults.py
+    **SGD,
+    "data.keep_negatives": False,
+    "model.fpn_channels": 256,
+    "model.anchor_scales": [8],  # 32 pixels at stride 4
+    "model.aspect_ratios": [0.5, 1.0, 2.0],
+    "model.rpn_batch": 256,
+    "model.candidates_train": 2000,
+    "model.candidates_test": None,  # as many as proposals
+    "model.proposals_train": 1000,
+    "model.proposals_test": 1000,
+    "model.roi_batch": 512,
+    "model.head_channels": 1024,
+    "model.score_threshold": 0.05,
+    "model.nms_threshold": 0.5,
+    "model.detections": 100,
+}
+SHORT = FPN | MULTISCALE | {"backbone.weights": "ResNeXt50_32X4D_Weights.IMAGENET1K_V2"}
+LONG = FPN | MULTISCALE | {"backbone.weights": "ResNeXt101_32X8D_Weights.IMAGENET1K_V2"}
+MASKS = {"model.mask_channels": 256}
+SETTINGS = {
+    "imagenet_paper": {  # datasets/imagenet.lua, datasets/transforms.lua
+        **LUA,
+        "data.image_size": 224,
+        "data.train_image_size": None,
+        "data.crop_ratio": 224 / 256,
+        "data.crop_scale": [0.08, 1.0],
+        "data.interpolation": "bicubic",
+        "data.flip": 0.5,
+        "data.repeats": 1,
+        "data.augment": {
+            "colour": {
+                "_target_": "torchvision.transforms.v2.ColorJitter",
+                "brightness": 0.4,
+                "contrast": 0.4,
+                "saturation": 0.4,
+            }
+        },
+    },
+    "cifar10_resnext29": {  # datasets/cifar10.lua
+        **LUA,
+        "backbone._target_": "resnext_backbones.resnext29_8x64d",
+        "data.padding": 4,
+        "data.flip": 0.5,
+        "data.augment": {},
+    },
+    "coco_faster_rcnn_1x": SHORT,
+    "coco_mask_rcnn_1x": SHORT | MASKS,
+    "coco_faster_rcnn_3x": LONG,
+    "coco_mask_rcnn_3x": LONG | MASKS,
+    "coco_semantic_fpn": {  # arXiv 1901.02446, §3.1; Detectron2, configs/Misc/semantic_R_50_FPN_1x.yaml
+        **SGD,
+        **MULTISCALE,
+        "data.keep_negatives": True,
+        "backbone.weights": "ResNeXt50_32X4D_Weights.IMAGENET1K_V2",
+        "model.fpn_channels": 256,
+        "model.head_channels": 128,
+    },
+    "coco_faster_rcnn_paper": {  # arXiv 1611.05431, appendix B; py-faster-rcnn, lib/fast_rcnn/config.py
+        **SGD,
+        "data.keep_negatives": False,
+        "data.image_size": [600, 1000],
+        "data.flip": 0.5,
+        "backbone.weights": "ResNeXt50_32X4D_Weights.IMAGENET1K_V1",
+        "model.anchor_scales": [4, 8, 16, 32],
+        "model.aspect_ratios": [0.5, 1.0, 2.0],
+        "model.rpn_batch": 256,
+        "model.candidates_train": 12000,
+        "model.candidates_test": 6000,
+        "model.proposals_train": 2000,
+        "model.proposals_test": 300,
+        "model.roi_batch": 64,
+    },
+    "coco_scratch_lsj": {  # Detectron2, configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py
+        **FPN,
+        **MASKS,
+        "data.image_size": [1024, 1024],
+        "data.jitter": [0.1, 2.0],
+        "data.crop": [1024, 1024],
+        "data.flip": 0.5,
+        "backbone.weights": None,
+        "backbone.norm": "group",  # for their SyncBN, as the header says
+    },
+}
+OF_THE_HEADER = {  # which what is derived is compared with, above
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "task.reference_batch_size",
+    "scheduler.warmup",
+    "scheduler.milestones",
+    "data.batch_size",
+    "trainer.max_epochs",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_its_sources(name):
+    settings = OmegaConf.to_container(composed(name))
+    missing = object()
+    for key, published in SETTINGS[name].items():
+        assert reduce(lambda at, part: at.get(part, missing), key.split("."), settings) == published, key
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_that_a_recipe_sets_is_left_out_above(name):
+    own = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
+    keys = {f"{group}.{key}" for group, values in own.items() if group != "defaults" for key in values}
+    assert keys <= SETTINGS[name].keys() | OF_THE_HEADER
+
+
 def test_the_modern_recipe_is_torchvisions():
     """The arguments of `references/classification/train.py` in pytorch/vision's pull request 5935."""
     cfg = composed("imagenet_modern")
     assert (cfg.data.batch_size * cfg.trainer.devices, cfg.optimizer.lr) == (8 * 128, 0.5)
     assert (cfg.trainer.max_epochs, cfg.scheduler._target_) == (600, "tasks.schedule.warmup_cosine")
     assert cfg.scheduler.warmup * 600 == pytest.approx(5, abs=1e-4)
-    assert cfg.optimizer.weight_decay == 0.00002
+    assert (cfg.optimizer.weight_decay, cfg.optimizer.momentum) == (0.00002, 0.9)
+    assert (cfg.data.interpolation, cfg.trainer.gradient_clip_val) == ("bilinear", None)
     assert (cfg.task.label_smoothing, cfg.task.mixup, cfg.task.cutmix) == (0.1, 0.2, 1.0)
     assert (cfg.data.train_image_size, cfg.data.image_size, cfg.data.repeats) == (176, 224, 4)
     assert round(cfg.data.image_size / cfg.data.crop_ratio) == 232
@@ -245,6 +365,19 @@ def test_two_steps_of_it_run(name, start, tiny_shapes, tmp_path):
     folder = start(*kept, *TINY, *SMALLER.get(name, SQUARE), small=[], data=data)
     assert [record["train/loss"] for record in read_metrics(folder) if "train/loss" in record]
     assert (folder / "checkpoints/best.ckpt").is_file()
+
+
+def test_group_norms_as_the_page_advises_begin_from_random_weights():
+    """Where a recipe begins with weights of batch norms."""
+    (advised,) = re.findall(r"`(\+backbone\.norm=group.*?)`", (ROOT / "docs/recipes.md").read_text())
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        given = [*words("coco_faster_rcnn_1x"), "backbone=resnet18", *advised.split()]
+        cfg = compose("train", overrides=given)
+    assert cfg.backbone.weights is None
+    body, receipt = build_body(cfg)
+    assert receipt is None
+    assert not any("BatchNorm" in type(module).__name__ for module in body.modules())
+    assert all(parameter.requires_grad for parameter in body.parameters())
 
 
 @pytest.mark.parametrize("name", RECIPES)

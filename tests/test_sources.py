@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -181,6 +182,13 @@ def test_names_that_no_weights_can_have(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("given", [False, 3, ["a"], "", " ", None])
+def test_what_is_no_text_names_no_weights(given: Any) -> None:
+    """A command line may give any of them."""
+    with pytest.raises(UsageError, match="null for none"):
+        sources.find(given)
+
+
 # torchvision's names
 
 
@@ -251,6 +259,64 @@ def test_a_name_is_downloaded_once_and_checked(
     cached.write_bytes(cached.read_bytes()[:-10])
     with pytest.raises(UsageError, match=re.escape(f"{cached} is damaged")):
         load_weights(tiny(), "Tiny_Weights.V1")
+
+
+def test_torchvisions_own_file_is_known_by_path_and_address(
+    hub: Path, server: "Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = packed()
+    name = f"tiny-{digest_of(content)[:8]}.safetensors"
+
+    class Tiny_Weights(WeightsEnum):
+        V1 = Weights(
+            f"https://example.org/models/{name}",
+            partial(ImageClassification, crop_size=224, std=(0.2, 0.3, 0.4)),
+            {"license": "MIT", "categories": ["cat", "dog"]},
+        )
+
+    monkeypatch.setattr(sources, "_torchvision_names", lambda: ["Tiny_Weights.V1"])
+    monkeypatch.setattr(torchvision.models, "get_weight", lambda name: Tiny_Weights[name.partition(".")[2]])
+    for folder, file in (("a", name), ("b", f"other-{name}"), ("c", name)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_bytes(packed() if folder == "c" else content)
+    server.files[f"/m/{name}"] = 200, {}, content
+    for source in (str(tmp_path / "a" / name), f"{server.url}/m/{name}?download=true"):
+        found = sources.find(source)
+        assert found.name == f"{source}, Tiny_Weights.V1"
+        assert found.classes == ("cat", "dog")
+        assert load_weights(tiny(), source).normalisation["std"] == [0.2, 0.3, 0.4]
+    for source in (tmp_path / "b" / f"other-{name}", tmp_path / "c" / name):  # another name; other bytes
+        assert sources.find(source) == sources.Source(source, str(source))
+
+
+def test_networks_whose_eps_torchvision_sets_to_0_are_known() -> None:
+    """Every one whose builder says so, and no other."""
+    models, said = torchvision.models, set()
+    for name in models.list_models():
+        code = inspect.getsource(models.get_model_builder(name))
+        if "overwrite_eps(model, 0.0)" in code:
+            said |= set(re.findall(r"weights == (\w+\.\w+):", code))
+    assert len(said) > 3
+    assert said == sources.WITHOUT_EPS
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("SSD300_VGG16_Weights.COCO_V1", None),  # its mean and std, of another scale, are in its builder
+        ("FCOS_ResNet50_FPN_Weights.COCO_V1", {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}),
+    ],
+)
+def test_what_a_detectors_images_were_normalised_with(
+    name: str, known: Any, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hub / "checkpoints" / torchvision.models.get_weight(name).url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.setattr(sources, "sha256", lambda path: path.stem.rpartition("-")[2])
+    found = sources.find(name)
+    assert found.normalisation == known
+    assert found.classes[0] == "person"
 
 
 def test_every_torchvision_address_carries_its_hash() -> None:

@@ -141,6 +141,23 @@ def test_frozen_norms_without_statistics_are_refused(start, tmp_path):
     )
 
 
+@pytest.mark.parametrize("key", ["backbone.weights", "model.weights"])
+def test_a_mistyped_source_costs_neither_a_reading_of_the_data_nor_a_name(start, runs, key):
+    with pytest.raises(UsageError, match=r"no weights at nowhere\.pth"):
+        start("run_id=a", f"{key}=nowhere.pth", "stages=fit", data=["data=coco", "data.root=nowhere"])
+    assert not runs.exists()
+
+
+def test_a_name_that_is_taken_says_how_to_go_on(start):
+    folder = start("run_id=a", "stages=check", "backbone.weights=nowhere.pth")  # which a check does without
+    with pytest.raises(UsageError, match=r"a exists: it has no checkpoint, so delete it, or give another"):
+        start("run_id=a", "stages=check")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/last.ckpt").touch()
+    with pytest.raises(UsageError, match=rf"a exists: go on with that run by resume={folder}, or give"):
+        start("run_id=a", "stages=check")
+
+
 def test_saved_predictions_give_the_reported_numbers(start, tiny_shapes):
     folder = start("model.score_threshold=0.0")
     root = tiny_shapes[0].partition("=")[2]

@@ -6,6 +6,7 @@ import re
 import signal
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,13 +21,15 @@ from torch import nn
 
 from resnext_backbones import ResNeXt, freeze, load_weights, resnet18, save_weights
 from resnext_backbones.errors import UsageError
-from tasks.averaging import EMA
+from tasks import plugins
 from tasks.base import BaseTask
 from tasks.building import build_trainer
 from tasks.callbacks import Pictures
 from tasks.checkpoint import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
+from tasks.cli import with_kept_choices
 from tasks.data.module import ImageData
 from tasks.early_stopping import StopEarly
+from tasks.ema import EMA
 from tasks.folder import open_folder, resumed
 from tasks.load import load_task
 from tasks.loggers import JsonlLogger, read_metrics
@@ -34,6 +37,7 @@ from tasks.models.classifier import Classifier
 from tasks.models.one_stage import fcos, retinanet
 from tasks.models.rcnn import faster_rcnn
 from tasks.models.semantic import deeplabv3, semantic_fpn
+from tasks.run import settle_batch_size
 from tasks.schedule import warmup_cosine, warmup_multistep
 from tasks.stages import parameters_by_stage
 from tasks.stopping import Interrupted, StopOnSignal
@@ -113,6 +117,20 @@ class Numbers(BaseTask):
         errors = (self.model(batch.images) - batch.targets).square()
         metric.errors.append(errors.flatten())
         return errors, {"loss_square": errors.mean()}
+
+
+class Tied(nn.Module):
+    """One weight and one batch norm under two names each, as shared heads and tied embeddings have."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(3 * 6 * 6, 3 * 6 * 6, bias=False), nn.BatchNorm1d(3 * 6 * 6)
+        self.second, self.again = nn.Linear(3 * 6 * 6, 3 * 6 * 6), self.norm
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(self.again(x.flatten(1))))).mean(dim=1, keepdim=True)
 
 
 class Body(nn.Module):
@@ -326,7 +344,49 @@ def test_a_run_without_an_average_may_begin_one_when_it_goes_on(tmp_path):
     assert last(tmp_path)["averaging_state"]["updates"] == 4
 
 
-@pytest.mark.parametrize("wrong", [{"decay": 1.0}, {"decay": -0.1}, {"every_n_steps": 0}])
+def test_a_tensor_of_two_names_is_averaged_once_and_the_weights_learn_as_without(tmp_path):
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    fit(plain, model=Tied())
+    fit(averaged, EMA(decay=0.9), model=Tied())
+    end = last(averaged)
+    assert same(end["current_model_state"], last(plain)["state_dict"])
+    assert not same(end["state_dict"], end["current_model_state"])
+    for one, other in (("first.weight", "second.weight"), ("norm.running_var", "again.running_var")):
+        for key in ("state_dict", "current_model_state"):
+            assert torch.equal(end[key][f"model.{one}"], end[key][f"model.{other}"])
+
+
+def test_an_average_is_of_one_fit(tmp_path):
+    """The object may be used again: the next fit begins its own."""
+    average = EMA(decay=0.9)
+    for name in ("one", "two"):
+        fit(tmp_path / name, average)
+    assert same(last(tmp_path / "one")["state_dict"], last(tmp_path / "two")["state_dict"])
+    assert last(tmp_path / "two")["averaging_state"]["updates"] == 12
+
+
+def test_the_recipe_names_the_average_and_one_that_never_begins(tmp_path, capsys):
+    _, task = fit(tmp_path / "one", EMA(decay=0.99, every_n_steps=2), max_epochs=1)
+    assert str(task.recipe).endswith("; average of decay 0.99 every 2 steps")
+    assert "warning: " not in capsys.readouterr().out
+    fit(tmp_path / "two", EMA(every_n_steps=5), max_epochs=1)
+    said = "warning: callbacks.ema.every_n_steps=5 is more than the run has, 4 steps: there is no average"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["state_dict", "current_model_state"])
+def test_weights_that_are_not_finite_are_not_written_averaged_or_not(tmp_path, key):
+    weights = {"state_dict": {"a": torch.ones(2)}, "current_model_state": {"a": torch.ones(2)}}
+    AtomicCheckpointIO().save_checkpoint(weights, tmp_path / "last.ckpt")
+    diverged = {**weights, key: {"a": torch.tensor([1.0, math.nan])}}
+    with pytest.raises(UsageError, match="a is not finite"):
+        AtomicCheckpointIO().save_checkpoint(diverged, tmp_path / "last.ckpt")
+
+
+WRONG = [{"decay": 1.0}, {"decay": -0.1}, {"decay": None}, {"every_n_steps": 0}, {"every_n_steps": None}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_an_average_out_of_range_is_refused(wrong):
     with pytest.raises(UsageError, match=r"callbacks\.ema\."):
         EMA(**wrong)
@@ -403,6 +463,20 @@ def test_a_schedule_of_unfreezing_that_cannot_be_is_refused(tmp_path, schedule, 
     assert "\n" not in str(refused.value)
 
 
+def test_unfreezing_on_several_devices_is_refused():
+    """DDP waits for a gradient of all that is to learn at some time."""
+    with pytest.raises(UsageError, match=r"backbone\.unfreeze=\{2: 0\}: on 2 devices .*trainer\.devices=1"):
+        Unfreezing({2: 0}).setup(SimpleNamespace(world_size=2), nn.Identity(), "fit")
+
+
+@pytest.mark.parametrize("schedule", ["soon", {2: "a"}, {}])
+def test_an_unfreezing_that_cannot_be_is_refused_before_a_batch_size_is_looked_for(schedule):
+    cfg, _ = composed("trainer=cpu")
+    cfg.backbone.unfreeze = schedule
+    with pytest.raises(UsageError, match=r"backbone\.unfreeze="):
+        settle_batch_size(cfg, None, None, None)
+
+
 def test_unfreezing_needs_a_body_with_stages(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 1))
     with pytest.raises(UsageError, match=r"backbone\.unfreeze=\{2: 0\}: .*`stages`"):
@@ -446,7 +520,7 @@ def test_a_decay_of_one_is_none(tmp_path):
     assert same(last(tmp_path / "one")["state_dict"], last(tmp_path / "none")["state_dict"])
 
 
-@pytest.mark.parametrize("wrong", [0.0, 1.5, -1.0])
+@pytest.mark.parametrize("wrong", [0.0, 1.5, -1.0, "abc", True])
 def test_a_decay_out_of_range_is_refused(tmp_path, wrong):
     with pytest.raises(UsageError, match=r"task\.body_lr_decay="):
         fit(tmp_path, body_lr_decay=wrong)
@@ -492,9 +566,33 @@ def test_a_stopped_run_trains_on_with_more_patience_only(tmp_path, capsys):
     capsys.readouterr()
     fit(tmp_path, StopEarly("val/score", "min", patience=1), script=[2], max_epochs=6, resume=path)
     assert last(tmp_path)["epoch"] == 1
-    assert "callbacks.early_stopping.patience=2" in capsys.readouterr().out
+    stopped = "stopped after epoch 2: val/score has not fallen in 1 validation; the best was 1; to train on, "
+    assert f"{stopped}resume with callbacks.early_stopping.patience=2" in capsys.readouterr().out
     fit(tmp_path, StopEarly("val/score", "min", patience=3), script=[2, 2, 2], max_epochs=6, resume=path)
     assert last(tmp_path)["epoch"] == 3  # one validation was counted before
+
+
+def test_a_stop_is_said_once_when_it_comes(tmp_path, capsys):
+    """And not where `trainer.min_epochs` has the run go on, or where it is at its end anyhow."""
+    stop = StopEarly("val/score", "max", patience=1)
+    fit(tmp_path / "least", stop, script=[1, 0, 0, 0, 0, 0], max_epochs=6, min_epochs=4)
+    assert last(tmp_path / "least")["epoch"] == 3
+    assert re.findall("stopped after epoch .", capsys.readouterr().out) == ["stopped after epoch 4"]
+    stop = StopEarly("val/score", "max", patience=1)
+    fit(tmp_path / "better", stop, script=[1, 0, 2, 0], max_epochs=4, min_epochs=4)
+    assert "stopped after" not in capsys.readouterr().out
+    stop = StopEarly("val/score", "max", patience=1)
+    fit(tmp_path / "again", stop, script=[1, 0, 2, 3, 0], max_epochs=6, min_epochs=3)
+    assert last(tmp_path / "again")["epoch"] == 4  # the third is better again
+    assert re.findall("stopped after epoch .", capsys.readouterr().out) == ["stopped after epoch 5"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"patience": 0}, {"patience": None}, {"min_delta": -1}, {"min_delta": None}]
+)
+def test_early_stopping_out_of_range_is_refused(wrong):
+    with pytest.raises(UsageError, match=r"callbacks\.early_stopping: "):
+        StopEarly("val/score", "max", **wrong)
 
 
 def test_early_stopping_refuses_what_is_not_measured(tmp_path):
@@ -545,6 +643,37 @@ def test_a_stop_waits_for_the_gradients_that_are_accumulated(tmp_path, interrupt
         assert same(last(stopped)[key], last(whole)[key])
 
 
+BY_TWO = {"val_check_interval": 2}  # of four batches an epoch
+BY_SIX = {"val_check_interval": 6, "check_val_every_n_epoch": None}  # wherever epochs end
+
+
+@pytest.mark.parametrize(
+    ("at", "validations", "settings"),
+    [
+        (("training", 1, 1), 6, BY_TWO),
+        (("validation", 1, 0), 6, BY_TWO),
+        (("training", 1, 1), 6, {**BY_TWO, "accumulate_grad_batches": 3}),
+        (("validation", 1, 0), 6, {**BY_TWO, "accumulate_grad_batches": 3}),  # one batch of three is missing
+        (("training", 1, 1), 2, BY_SIX),
+        (("training", 0, 3), 2, BY_SIX),
+        (("training", 1, 1), 2, {**BY_TWO, "check_val_every_n_epoch": 3}),  # both of epoch 3
+    ],
+)
+def test_a_stop_loses_no_validation(tmp_path, interrupted, at, validations, settings):
+    """Also of those within an epoch, and of those whose interval is longer than an epoch."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit(whole, **settings)
+    path = interrupted(stopped, at=at, **settings)
+    fit(stopped, resume=path, **settings)
+    scores = [
+        [(line["step"], line["val/score"]) for line in read_metrics(folder) if "val/score" in line]
+        for folder in (whole, stopped)
+    ]
+    assert len(scores[0]) == validations
+    assert scores[0] == scores[1]
+    assert same(last(stopped)["state_dict"], last(whole)["state_dict"])
+
+
 def test_the_accumulated_gradient_is_clipped_as_a_whole(tmp_path):
     recorder = Recorder()
     plain = partial(torch.optim.SGD, lr=1.0)
@@ -576,7 +705,23 @@ def test_a_warm_up_is_a_share_or_a_number_of_steps(schedule, warmup, steps):
         assert optimizer.param_groups[0]["lr"] == 2.0
 
 
-@pytest.mark.parametrize("warmup", [-0.1, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.25, 2), (3, 3), (0, 0)])
+def test_the_recipe_names_the_warm_up(tmp_path, capsys, warmup, steps):
+    _, task = fit(tmp_path, scheduler=partial(warmup_cosine, warmup=warmup), max_epochs=2)
+    assert task.recipe.warmup_steps == steps
+    assert (f"8 steps in 2 epochs, warm-up {steps} steps" in str(task.recipe)) == bool(steps)
+    assert "warning: " not in capsys.readouterr().out
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path, capsys):
+    fit(tmp_path, LearningRateMonitor("step"), scheduler=partial(FLAT, warmup=99), max_epochs=1)
+    said = "the warm-up of 99 steps is not shorter than the run of 4 steps: the rate rises to 4.0% of 0.05"
+    assert said in capsys.readouterr().out
+    rates = [rate for line in read_metrics(tmp_path) for name, rate in line.items() if name.startswith("lr-")]
+    assert max(rates) == pytest.approx(0.04 * 0.05)
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.5, math.nan, math.inf, None])
 def test_a_warm_up_that_is_neither_is_refused(warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     with pytest.raises(UsageError, match=r"scheduler\.warmup="):
@@ -596,7 +741,8 @@ def composed(*words):
 
 
 def go_on(folder, *words):
-    words = [f"resume={folder}", *words]
+    known = set(plugins.options(ROOT / "configs"))
+    words = with_kept_choices([f"resume={folder}", *words], known)  # as the command line does
     cfg, choices = composed(*words)
     return resumed(cfg, words, choices, str)
 
@@ -617,6 +763,60 @@ def test_a_callback_may_be_left_out_when_a_run_goes_on_but_not_its_average(tmp_p
         go_on(folder, "ema=default", "~callbacks.ema")
 
 
+def test_what_is_asked_of_one_call_is_not_kept(tmp_path):
+    folder = open_folder(*composed(f"runs_dir={tmp_path}"))
+    before = (folder / "config.yaml").read_text()
+    tested = go_on(folder, "stages=[test]", "tta=flip", "trainer.limit_test_batches=1")
+    assert (tested.stages, tested.task.views, tested.trainer.limit_test_batches) == (
+        ["test"],
+        {"flip": True},
+        1,
+    )
+    assert (folder / "config.yaml").read_text() == before
+    trained = go_on(folder, "stages=[fit]", "tta=flip", "trainer.max_epochs=6")
+    assert (trained.stages, trained.task.views, trained.trainer.max_epochs) == (["fit"], {"flip": True}, 6)
+    again = go_on(folder)
+    assert (again.stages, again.task.views, again.trainer.max_epochs) == (["fit", "test"], None, 6)
+
+
+def test_each_call_chooses_its_views_anew(tmp_path):
+    folder = open_folder(*composed("tta=flip", f"runs_dir={tmp_path}"))
+    for group, views in (("none", None), ("flip", {"flip": True}), ("none", None)):
+        assert go_on(folder, f"tta={group}").task.views == views
+    assert go_on(folder).task.views == {"flip": True}
+
+
+def test_what_a_callback_was_set_to_lasts_when_it_is_chosen_again(tmp_path):
+    folder = open_folder(*composed(f"runs_dir={tmp_path}"))
+    words = ["monitor=val/loss", "mode=min", "patience=1"]
+    go_on(folder, "early_stopping=default", *(f"callbacks.early_stopping.{word}" for word in words))
+    go_on(folder, "ema=default", "callbacks.ema.decay=0.9")
+    cfg = go_on(folder, "callbacks.early_stopping.patience=2", "early_stopping=default", "ema=default")
+    assert (cfg.callbacks.early_stopping.monitor, cfg.callbacks.early_stopping.patience) == ("val/loss", 2)
+    assert cfg.callbacks.ema.decay == 0.9
+
+
+def test_a_callback_of_the_run_is_tuned_and_dropped_when_it_goes_on(tmp_path):
+    folder = open_folder(*composed("ema=default", "early_stopping=default", f"runs_dir={tmp_path}"))
+    tuned = go_on(folder, "callbacks.early_stopping.patience=3", "callbacks.ema.decay=0.9").callbacks
+    assert (tuned.early_stopping.patience, tuned.ema.decay) == (3, 0.9)
+    for words in (["~callbacks.early_stopping"], ["early_stopping=none"], ["~early_stopping"]):
+        assert go_on(folder, *words).callbacks.early_stopping is None
+        assert go_on(folder, "early_stopping=default").callbacks.early_stopping.patience == 10  # afresh
+    for word in ("ema=none", "~ema"):
+        with pytest.raises(UsageError, match="averages its weights"):
+            go_on(folder, word)
+
+
+def test_an_optimizer_chosen_when_a_run_goes_on_lasts_with_its_keys(tmp_path):
+    folder = open_folder(*composed("optimizer=sgd", f"runs_dir={tmp_path}"))
+    assert go_on(folder, "optimizer.momentum=0.8").optimizer.momentum == 0.8  # the data's default is AdamW
+    changed = go_on(folder, "optimizer.weight_decay=0.5", "optimizer=adamw").optimizer
+    assert (changed["_target_"], changed.weight_decay) == ("torch.optim.AdamW", 0.5)
+    assert go_on(folder, "optimizer=adamw").optimizer.weight_decay == 0.5
+    assert go_on(folder, "optimizer=sgd").optimizer.momentum == 0.9
+
+
 def test_a_group_that_sets_many_keys_is_not_passed_over(tmp_path):
     folder = open_folder(*composed(f"runs_dir={tmp_path}"))
     with pytest.raises(UsageError, match="augment=colour: cannot be chosen"):
@@ -635,6 +835,22 @@ def test_a_step_is_counted_before_it_is_saved(tmp_path):
 
 
 # All of them together.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ema=default", "callbacks.ema.decay=2"],
+        ["early_stopping=default", "callbacks.early_stopping.patience=0"],
+        ["backbone.unfreeze=soon"],
+        ["optimizer._target_=torch.optim.Nothing"],
+    ],
+)
+def test_a_wrong_part_is_refused_before_a_folder_is_made(start, runs, words):
+    with pytest.raises(UsageError, match=words[-1].split(".")[0]) as refused:
+        start(*words)
+    assert "\n" not in str(refused.value)
+    assert not runs.exists()
 
 
 def test_a_run_with_all_of_them_is_judged_by_its_average(start, tmp_path, capsys):

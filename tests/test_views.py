@@ -163,6 +163,9 @@ def test_boxes_return_from_where_they_went() -> None:
     rounded = View(0.75, True).boxes(whole, 50, 81)  # of 60.75 × 37.5
     torch.testing.assert_close(rounded, torch.tensor([[0.0, 0.0, 61.0, 38.0]]), rtol=0, atol=1e-4)
     assert View(1.0, True).boxes(boxes[:1], 50, 81).tolist() == [[61, 5, 78, 31]]
+    beyond = torch.tensor([[-4.0, 10.0, 90.0, 70.0]])  # of 81 × 50: on three sides
+    assert View(1.0, True).boxes_back(beyond, 50, 81).tolist() == [[0, 10, 81, 50]]
+    assert View(0.5).boxes_back(beyond, 100, 162).tolist() == [[0, 20, 162, 100]]
 
 
 # Classification.

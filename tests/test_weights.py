@@ -133,6 +133,22 @@ def test_a_run_gives_its_best_else_its_last(tmp_path: Path) -> None:
     assert_holds(body, best)
 
 
+def test_which_checkpoint_of_a_run_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    content = {"state_dict": state_of(), "epoch": 3, "global_step": 1200}
+    torch.save(content, folder / "last.ckpt")
+    receipt = load_weights(tiny(), tmp_path)
+    assert receipt.source == f"{folder / 'last.ckpt'} (epoch 3, step 1200)"
+    assert f"  warning: {tmp_path} has no best.ckpt" in str(receipt)
+    assert receipt.as_dict()["warning"] == receipt.warning
+    torch.save(content | {"epoch": 2, "global_step": 800}, folder / "best.ckpt")
+    receipt = load_weights(tiny(), tmp_path)
+    assert receipt.source == f"{folder / 'best.ckpt'} (epoch 2, step 800)"
+    assert "warning" not in str(receipt)
+    assert "warning" not in str(load_weights(tiny(), folder / "last.ckpt"))  # which was asked for
+
+
 def test_live_and_frozen_norms_read_each_other(tmp_path: Path) -> None:
     state = state_of()
     torch.save(state, tmp_path / "live.pth")
@@ -223,6 +239,20 @@ def test_two_bodies_in_one_source_are_not_guessed_between(tmp_path: Path) -> Non
     body = tiny()
     load_weights(body, path, prefix="teacher")
     assert_holds(body, teacher)
+
+
+def test_of_a_network_and_its_average_the_average_is_taken(tmp_path: Path) -> None:
+    """As torchvision's reference scripts save them: train.py and utils.ExponentialMovingAverage."""
+    path, live, averaged = tmp_path / "a.pth", state_of(), state_of()
+    ema = {"n_averaged": torch.tensor(3), **under("module.", averaged)}
+    torch.save({"model": live, "model_ema": ema, "epoch": 3}, path)
+    body = tiny()
+    receipt = load_weights(body, path)
+    assert receipt.prefix == "model_ema.module."
+    assert "prefix 'model_ema.module.'" in str(receipt)
+    assert_holds(body, averaged)
+    assert load_weights(body, path, prefix="model").prefix == "model."
+    assert_holds(body, live)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -371,6 +401,19 @@ def test_a_checkpoint_says_how_its_images_were_normalised(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"config": {"model": {"a": {(1, 2): 3}}, "choices": "none"}},  # which JSON has no place for
+        {"config": {"backbone": [1]}, "categories": [1, {"name": 2}], "skeleton": {"names": "ab"}},
+        {"categories": {"name": "cat"}, "skeleton": [1]},
+    ],
+)
+def test_what_else_a_record_holds_does_no_harm(record: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"state_dict": state_of(), "record": record, "epoch": "x"}, tmp_path / "a.ckpt")
+    assert load_weights(tiny(), tmp_path / "a.ckpt").source == str(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
     "text", ["", "null", "{", "[" * 9999, "[1, 2]", '{"mean": 1, "std": 2}', '{"mean": [1e999], "std": [1]}',
              '{"mean": [1' + "0" * 400 + '], "std": [1]}', '{"mean": [0.5], "std": [-1]}', "\x1b[31m"]
 )  # fmt: skip
@@ -424,6 +467,24 @@ def test_where_a_network_strides_is_saved(tmp_path: Path) -> None:
     save_weights(other, path)
     refused(first, path, "stride_in_1x1=false")
     refused(FPN(first, 8), path, "stride_in_1x1=false", allow_partial=True)
+
+
+def test_where_the_network_of_a_run_strides_is_known(tmp_path: Path) -> None:
+    path, first, other = (
+        tmp_path / "a.ckpt",
+        *(ResNeXt((1, 1), base_width=4, stride_in_1x1=on) for on in (True, False)),
+    )
+
+    def of_run(body: nn.Module, **settings: Any) -> Path:
+        torch.save({"state_dict": body.state_dict(), "record": {"config": {"backbone": settings}}}, path)
+        return path
+
+    assert load_weights(first, of_run(first, stride_in_1x1=True)).missing == ()
+    refused(other, path, "stride_in_1x1=true")
+    refused(first, of_run(other, stride_in_1x1=False), "stride_in_1x1=false")
+    refused(first, of_run(other, _target_="resnext_backbones.ResNeXt"), "stride_in_1x1=false")
+    assert load_weights(first, of_run(first, _target_="theirs.ResNet")).missing == ()  # who knows
+    refused(other, of_run(other, stride_in_1x1="perhaps"), "stride_in_1x1=perhaps", "true or false")
 
 
 def test_saving_over_what_was_just_loaded(tmp_path: Path) -> None:
@@ -550,6 +611,16 @@ def test_a_network_with_more_in_its_blocks_is_refused(tmp_path: Path) -> None:
         load_weights(tiny(), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["batch", "frozen"])
+def test_batch_norms_are_no_group_norms(kind: Any, tmp_path: Path) -> None:
+    """Their weights have the same names and shapes, and mean something else without the statistics."""
+    save_weights(tiny(norm=kind), tmp_path / "a.safetensors")
+    refused(tiny(norm="group"), tmp_path / "a.safetensors", "layer1.0.bn1 is a batch norm there")
+    save_weights(tiny(norm="group"), tmp_path / "a.safetensors")
+    refused(tiny(norm=kind), tmp_path / "a.safetensors", "bn1.running_mean is missing")
+    assert load_weights(tiny(norm="group"), tmp_path / "a.safetensors").unexpected == ()
+
+
 def test_what_lies_outside_the_stages_is_no_fault(tmp_path: Path) -> None:
     torch.save(detector_checkpoint(), tmp_path / "a.ckpt")
     assert any("rpn." in name for name in load_weights(tiny(), tmp_path / "a.ckpt").unexpected)
@@ -574,13 +645,14 @@ def test_arguments_beside_the_weights_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_a_file_that_unfolds_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_files, "MOST_TENSORS", 1000)
-    content: dict[str, Any] = {"x": torch.zeros(1)}
-    for _ in range(30):
-        content = {"a": content, "b": content}
-    torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(UsageError, match="more than 1,000 tensors"):
-        load_weights(tiny(), tmp_path / "a.pth")
+    monkeypatch.setattr(weight_files, "MOST_ENTRIES", 1000)
+    for innermost in (torch.zeros(1), 1, {0: {}}):  # also where no tensor comes up that could be counted
+        content: dict[str, Any] = {"x": innermost}
+        for _ in range(20):
+            content = {"a": content, "b": content}
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(UsageError, match="more than 1,000 entries"):
+            load_weights(tiny(), tmp_path / "a.pth")
 
 
 def test_freezing_is_all_or_nothing() -> None:

@@ -135,10 +135,10 @@ class ClassFolderData(FolderData):
         **settings: Any,
     ) -> None:
         super().__init__(root, target, train, val, test, **settings)
-        sides = {image_size} if isinstance(image_size, int) else set(image_size)
-        if len(sides) != 1:
+        sides = image_size if isinstance(image_size, Sequence) else [image_size]
+        if not all(isinstance(side, int) for side in sides) or len(set(sides)) != 1:
             raise UsageError(f"data.image_size={image_size}: classifiers see a square; give one number")
-        self.image_size = int(sides.pop())
+        self.image_size = sides[0]
         self.train_image_size = self.image_size if train_image_size is None else train_image_size
         self.cropping: dict[str, Any] = {
             "scale": pair("data.crop_scale", crop_scale),

@@ -211,6 +211,8 @@ def faster_rcnn(
     anchor_scales: Sequence[float] = (8,),
     aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
     rpn_batch: int = 256,
+    candidates_train: int | None = None,
+    candidates_test: int | None = None,
     proposals_train: int = 2000,
     proposals_test: int = 1000,
     roi_batch: int = 512,
@@ -228,7 +230,8 @@ def faster_rcnn(
         fpn_channels: channels of p2…p6.
         anchor_scales, aspect_ratios: see `StridedAnchors`.
         rpn_batch: anchors an image the proposal network's loss is computed on.
-        proposals_train, proposals_test: boxes kept a level before suppression, and an image after it.
+        candidates_train, candidates_test: boxes kept a level before suppression; None: as many as proposals.
+        proposals_train, proposals_test: boxes kept an image after it.
         roi_batch: proposals an image the box head's loss is computed on.
         roi_canonical_size: side in pixels of the region that is pooled from p4 (FPN, equation 1).
         head_channels: width of the box head's two layers.
@@ -240,7 +243,10 @@ def faster_rcnn(
     refuse_fine_strides("R-CNN", body, backbone.features)
     strides = {name: spec.stride for name, spec in backbone.features.items()}
     anchors = StridedAnchors(list(strides.values()), anchor_scales, aspect_ratios)
-    top_n = {"training": proposals_train, "testing": proposals_test}
+    candidates = {
+        "training": proposals_train if candidates_train is None else candidates_train,
+        "testing": proposals_test if candidates_test is None else candidates_test,
+    }
     rpn = RegionProposalNetwork(
         anchors,
         Float32RPNHead(fpn_channels, anchors.num_anchors_per_location()[0]),
@@ -248,8 +254,8 @@ def faster_rcnn(
         bg_iou_thresh=0.3,
         batch_size_per_image=rpn_batch,
         positive_fraction=0.5,
-        pre_nms_top_n=top_n,
-        post_nms_top_n=top_n,
+        pre_nms_top_n=candidates,
+        post_nms_top_n={"training": proposals_train, "testing": proposals_test},
         nms_thresh=0.7,
     )
     roi_heads = RoIHeads(

@@ -24,7 +24,7 @@ class EMA(Callback):
     Averaged is what learns and the buffers beside it, as timm (utils/model_ema.py, `ModelEmaV3`) and
     torchvision (references/classification/utils.py, `use_buffers=True`) do: running statistics of the last
     weights are not those of averaged ones. What is no floating-point number, such as a batch norm's count of
-    batches, is copied. Frozen parameters are not held twice.
+    batches, is that of the weights. Frozen parameters are not held twice.
 
     While a split is judged, and after the last step, the average is in the network. A checkpoint's
     `state_dict` is always the average, for whoever predicts with it or begins from it; the weights that learn
@@ -44,11 +44,15 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.9998, every_n_steps: int = 1) -> None:
-        if not 0 <= decay < 1:
+        if not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise UsageError(f"callbacks.ema.decay={decay}: a number from 0 to below 1 is wanted")
-        if every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise UsageError(f"callbacks.ema.every_n_steps={every_n_steps}: a number of at least 1 is wanted")
         self.decay, self.every_n_steps = decay, every_n_steps
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._live: dict[str, Tensor] = {}  # what is averaged, in the network
         self._held: dict[str, Tensor] = {}  # the average; while that is in the network, the weights
         self._swapped = False
         self._updates = 0
@@ -59,54 +63,47 @@ class EMA(Callback):
 
     # Training.
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An average that was loaded goes where the network has gone since."""
-        live = pl_module.state_dict()
-        self._held = {name: held.to(live[name].device) for name, held in self._held.items()}
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the network is on its device, and its tensors change in place only."""
+        tensors = pl_module.state_dict(keep_vars=True)
+        self._live = {name: tensors[name] for name in self._held or _changing(trainer, tensors)}
+        self._held = {name: held.to(self._live[name].device) for name, held in self._held.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step or trainer.global_step % self.every_n_steps:
             return
-        live = pl_module.state_dict(keep_vars=True)
-        if not self._held:
-            self._held = {name: live[name].detach().clone() for name in _changing(trainer, live)}
+        if self._held:
+            average = get_ema_multi_avg_fn(self.decay_after(self._updates))
+            average(list(self._held.values()), list(self._live.values()), None)
         else:
-            self._update(live)
+            self._held = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         self._updates += 1
         self._step = trainer.global_step
-
-    def _update(self, live: dict[str, Tensor]) -> None:
-        blended = {name: held for name, held in self._held.items() if held.is_floating_point()}
-        average = get_ema_multi_avg_fn(self.decay_after(self._updates))
-        average(list(blended.values()), [live[name] for name in blended], None)
-        for name in self._held.keys() - blended.keys():
-            self._held[name].copy_(live[name])
 
     # Judging.
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._swap(pl_module)
+            self._swap()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._swap(pl_module)
+            self._swap()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap(pl_module)
+        self._swap()
 
     @torch.no_grad()
-    def _swap(self, pl_module: LightningModule) -> None:
-        live = pl_module.state_dict()
+    def _swap(self) -> None:
         for name, held in self._held.items():
             other = held.clone()
-            held.copy_(live[name])
-            live[name].copy_(other)
+            held.copy_(self._live[name])
+            self._live[name].copy_(other)
         self._swapped = not self._swapped
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._held, self._swapped = {}, False
+        self._begin_anew()
 
     # Checkpoints.
 
@@ -115,12 +112,9 @@ class EMA(Callback):
     ) -> None:
         if not self._held:  # no update yet, or the fit is over
             return
-        names: dict[int, str] = {}  # of what one tensor is called twice, the first
-        tensors = pl_module.state_dict(keep_vars=True).items()
-        kept = {
-            name: self._held.get(names.setdefault(id(tensor), name), tensor.detach())
-            for name, tensor in tensors
-        }
+        held = {id(self._live[name]): tensor for name, tensor in self._held.items()}
+        tensors = pl_module.state_dict(keep_vars=True).items()  # of which two names may be one
+        kept = {name: held.get(id(tensor), tensor.detach()) for name, tensor in tensors}
         live = checkpoint["state_dict"]
         average, weights = (live, kept) if self._swapped else (kept, live)
         checkpoint["state_dict"], checkpoint["current_model_state"] = average, weights
@@ -138,12 +132,13 @@ class EMA(Callback):
         pl_module.load_state_dict(checkpoint["current_model_state"])
 
 
-def _changing(trainer: Trainer, live: dict[str, Tensor]) -> list[str]:
+def _changing(trainer: Trainer, tensors: dict[str, Tensor]) -> list[str]:
     """Of a state dict what the optimizer moves, now or in a later epoch, and buffers; each tensor once."""
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
     learning = {id(parameter) for group in groups for parameter in group["params"]}
     names: dict[int, str] = {}
-    for name, tensor in live.items():
-        if id(tensor) in learning or not isinstance(tensor, nn.Parameter):
+    for name, tensor in tensors.items():
+        changes = id(tensor) in learning or not isinstance(tensor, nn.Parameter)
+        if changes and tensor.is_floating_point():
             names.setdefault(id(tensor), name)
     return list(names.values())
