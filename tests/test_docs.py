@@ -247,6 +247,7 @@ def test_training(
 ) -> None:
     (desk / "own_body.py").write_text(own_body())
     monkeypatch.syspath_prepend(str(desk))
+    monkeypatch.setattr("tasks.run.find_weights", lambda cfg: None)  # which would download them
     monkeypatch.setattr(building, "load_weights", published(desk, load_weights))
     monkeypatch.setattr(building, "load_network", published(desk, load_network))
     if any("runs/" in word for word in words):
