@@ -15,6 +15,7 @@ from resnext_backbones.__main__ import main
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_module_lists_every_network_uncut() -> None:
     command = [sys.executable, "-m", "resnext_backbones"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -373,7 +373,8 @@ def test_without_a_test_split_val_is_judged_and_it_is_said(start, capsys):
     assert "data.test is not given" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("when", ["training", pytest.param("validation", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the quick ones interrupt within a process: test_training_parts.py
+@pytest.mark.parametrize("when", ["training", "validation"])
 def test_ctrl_c_saves_and_resuming_gives_the_same_weights(start, tiny_shapes, runs, when):
     """Stopped within an epoch or a validation, and resumed: the uninterrupted weights, bit for bit."""
     whole = start("stages=fit", "run_id=whole", "trainer.max_epochs=6")

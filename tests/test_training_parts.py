@@ -853,6 +853,7 @@ def test_a_wrong_part_is_refused_before_a_folder_is_made(start, runs, words):
     assert not runs.exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_them_is_judged_by_its_average(start, tmp_path, capsys):
     save_weights(resnet18(), tmp_path / "body.safetensors")
     words = [f"backbone.weights={tmp_path / 'body.safetensors'}", "backbone.freeze_at=3"]
