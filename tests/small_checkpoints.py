@@ -1,6 +1,7 @@
 """Checkpoints of small networks of every task, made by the code that training uses, and that task itself."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,15 @@ class Made(NamedTuple):
 
 
 _made: dict[str, Made] = {}
+_home = TemporaryDirectory(prefix="small-checkpoints-")  # of no single test, which would take it along
 
 
-def made(kind: str, shapes: list[str], parent: Path) -> Made:
+def made(kind: str, shapes: list[str]) -> Made:
     """One for each kind and session; `frozen` began with weights that are no longer there."""
     if kind not in _made:
+        parent = Path(_home.name)
         folder = parent / kind
         words = [*BODY, *KINDS[kind], *shapes, "trainer.accelerator=cpu", "trainer.precision=32-true"]
-        parent.mkdir(parents=True, exist_ok=True)
         weights = parent / "weights.safetensors"
         torch.manual_seed(0)
         if kind == "frozen":

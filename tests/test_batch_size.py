@@ -78,11 +78,11 @@ def test_only_a_want_of_memory_counts(fault: RuntimeError, too_large: bool) -> N
 
 
 @pytest.fixture
-def subject(tiny_shapes: list[str], tmp_path: Path) -> Callable[[str], tuple[BaseTask, Any]]:
+def subject(tiny_shapes: list[str]) -> Callable[[str], tuple[BaseTask, Any]]:
     """A small network of each kind and the data it is for."""
 
     def subject(kind: str) -> tuple[BaseTask, Any]:
-        _, task, data = made(kind, tiny_shapes, tmp_path)
+        _, task, data = made(kind, tiny_shapes)
         return task, data
 
     return subject

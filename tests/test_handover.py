@@ -607,10 +607,8 @@ def begun(kind: str, shapes: list[str], *words: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize(
     ("there", "here"), [(kind, KINDS_OF_RUNS[i - 1]) for i, kind in enumerate(KINDS_OF_RUNS)]
 )
-def test_every_task_gives_a_body_and_takes_one(
-    there: str, here: str, tiny_shapes: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = made(there, tiny_shapes, tmp_path_factory.mktemp("source"))
+def test_every_task_gives_a_body_and_takes_one(there: str, here: str, tiny_shapes: list[str]) -> None:
+    source = made(there, tiny_shapes)
     task, receipt = begun(here, tiny_shapes, f"backbone.weights={source.folder}")
     mine, theirs = (body_of(model).state_dict() for model in (task.model, source.task.model))
     assert len(mine) > 30
@@ -629,9 +627,9 @@ def test_a_grey_source_is_refused_in_so_many_words(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def boxes(tiny_shapes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def boxes(tiny_shapes: list[str]) -> Any:
     """A detector's run, whose body, pyramid and heads are full of random numbers."""
-    return made("boxes", tiny_shapes, tmp_path_factory.mktemp("source"))
+    return made("boxes", tiny_shapes)
 
 
 def test_a_run_begins_with_a_whole_network_and_says_so(

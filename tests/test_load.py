@@ -22,8 +22,8 @@ from tasks.load import ALLOWED, load_task
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_shapes, tmp_path_factory):
-    return lambda kind: made(kind, tiny_shapes, tmp_path_factory.getbasetemp() / "checkpoints")
+def checkpoint(tiny_shapes):
+    return lambda kind: made(kind, tiny_shapes)
 
 
 def record_of(run: Path) -> dict:

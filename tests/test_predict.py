@@ -34,8 +34,8 @@ from tasks.prediction.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_shapes, tmp_path_factory):
-    return lambda kind: made(kind, tiny_shapes, tmp_path_factory.getbasetemp() / "checkpoints").folder
+def checkpoint(tiny_shapes):
+    return lambda kind: made(kind, tiny_shapes).folder
 
 
 @pytest.fixture(scope="module")

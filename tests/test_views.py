@@ -29,20 +29,20 @@ FLIP = {"flip": True}
 SIZES = [(50, 80), (64, 60), (40, 90)]  # of images in one batch; two of them are padded
 
 
-def task_of(kind: str, shapes: list[str], folder: Path, **views: Any) -> Any:
+def task_of(kind: str, shapes: list[str], **views: Any) -> Any:
     """A small network of random weights that judges by these views."""
-    task = made(kind, shapes, folder).task
+    task = made(kind, shapes).task
     task.views = task.judged_views = views_of(views)
     return task
 
 
 @pytest.fixture
-def network(tiny_shapes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def network(tiny_shapes: list[str]) -> Any:
     """Networks are shared by all tests of a session; they get their plain view back."""
     used = []
 
     def network(kind: str, **views: Any) -> Any:
-        used.append(task_of(kind, tiny_shapes, tmp_path_factory.mktemp("made"), **views))
+        used.append(task_of(kind, tiny_shapes, **views))
         return used[-1]
 
     with torch.no_grad():
@@ -459,11 +459,9 @@ def predicted(run: Any, file: str, **settings: Any) -> Any:
     return load_task(run, "cpu", **settings).predict(file)[0]
 
 
-def test_a_checkpoint_is_predicted_with_views(
-    tiny_shapes: Any, tmp_path_factory: Any, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_predicted_with_views(tiny_shapes: Any, tmp_path: Path) -> None:
     """As asked for, else as the run was judged."""
-    run = made("classes", tiny_shapes, tmp_path_factory.mktemp("made")).folder
+    run = made("classes", tiny_shapes).folder
     file = str(tmp_path / "a.png")
     Image.fromarray(images((64, 64))[0].permute(1, 2, 0).numpy()).save(file)
     Image.fromarray(images((64, 64))[0].flip(-1).permute(1, 2, 0).numpy()).save(tmp_path / "b.png")
