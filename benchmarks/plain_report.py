@@ -117,7 +117,7 @@ def aps_of(by_case: dict[tuple[str, str], Results], data: str, name: str) -> lis
 
 
 def verdicts(by_case: dict[tuple[str, str], Results]) -> str:
-    """What the issue asks, whatever the answer: above the best of the rates, not below our recipe."""
+    """Whether ours is above the best of the rates and not below our recipe, whatever the answer."""
     lines = []
     for data in DATA:
         ours = aps_of(by_case, data, "ours")
