@@ -7,9 +7,8 @@
 
 That both networks are the same is checked first. Each contender trains until its time is up, and its learning
 rate follows the share of the time that has passed, so that neither needs a guess of how many steps fill it.
-A run that is complete in runs/plain-240s/ is not done again, unless its command, our configuration or the
-sources of this benchmark have changed; one that was broken off begins anew. Nothing else should run
-meanwhile.
+A run that is complete in runs/plain-240s/ is not done again, unless its command, our configuration or what it
+trains with (`sources`) has changed; one that was broken off begins anew. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -164,7 +163,11 @@ def settings(data: str) -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of what a race is made of, but not of which ones there are and what is written about them."""
+    """A hash of what a race trains with: data, networks, the plain loop, the clock.
+
+    Which races there are, how they are judged and what is written about them is not in it: after a change of
+    `judged` or `TrainRun` delete runs/plain-240s/.
+    """
     names = ("clock.py", "plain_data.py", "plain_equal.py", "plain_loop.py")
     content = [Path(__file__).with_name(name).read_bytes() for name in names]
     return hashlib.sha256(b"".join(content)).hexdigest()
@@ -182,11 +185,11 @@ def judged(annotations: Path, predictions: Path, iou_type: str) -> list[float]:
     return [float(value) for value in evaluation.stats[:2]]
 
 
-def jobs_of(budget: int, seeds: Sequence[int] = SEEDS) -> list[Race]:
+def jobs_of(budget: int) -> list[Race]:
     """Seed by seed, so that an early end leaves whole comparisons."""
     return [
         Race(data, name, seed, budget)
-        for seed in seeds
+        for seed in SEEDS
         for data in DATA
         for name, tried in contenders(data).items()
         if seed in tried

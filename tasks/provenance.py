@@ -31,7 +31,6 @@ PACKAGES = (
 SECRET_NAME = r"(?:token(?!i)|secret|passw|passphrase|api[-_]?key|access[-_]?key|credential)"
 SECRET = re.compile(SECRET_NAME, re.I)
 SECRET_IN_COMMAND = re.compile(rf"""([\w.+-]*{SECRET_NAME}[\w.-]*=)(?:"[^"]*"|'[^']*'|\S+)""", re.I)
-DOCS = ":(top,exclude)docs"  # to git: but for this folder
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 REDACTED = "<redacted>"
 
@@ -98,8 +97,9 @@ def without_secrets(config: Any) -> Any:
 def git_state(folder: str | os.PathLike[str] = Path(__file__).parent) -> dict[str, Any]:
     """`{"commit": <hash>, "dirty": <bool>}` of the repository at `folder`; None where there is none.
 
-    Pages under `docs/` compute nothing, and a benchmark writes its table there: they make nothing dirty.
+    Nothing under `docs/` has a part in a run, and a benchmark writes its table there: it makes nothing dirty.
     """
+    but_docs = ("--", ":/", ":(top,exclude)docs")
 
     def git(*words: str) -> str:
         environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
@@ -111,7 +111,7 @@ def git_state(folder: str | os.PathLike[str] = Path(__file__).parent) -> dict[st
     try:
         return {
             "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--", ":/", DOCS)),
+            "dirty": bool(git("status", "--porcelain", *but_docs)),
         }
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
